@@ -1,0 +1,111 @@
+"""Checkpoints: folders step-00050000/ that are whole or not there.
+
+    model/      the network: config.json and safetensors, as diffusers' save_pretrained writes them
+    ema/0.9999/ the averaged network, likewise, one folder per decay
+    state/      the optimiser, as Accelerate's save_state writes it
+    recipe.json, step.json
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import ModelMixin
+
+from meanflow.config import TrainConfig
+from meanflow.ema import Averages
+
+# What may differ between a run and its resumption, since it changes no number.
+FREE = {"out", "log_every", "sample_every", "checkpoint_every", "keep", "track"}
+
+
+def recipe_fields(recipe: TrainConfig) -> dict:
+    return json.loads(json.dumps(asdict(recipe), default=str))
+
+
+def flatten(fields: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in fields.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def claim_folder(recipe: TrainConfig) -> None:
+    """Marks recipe.out as this recipe's.
+
+    Raises:
+        ValueError: it belongs to another recipe; the message names the fields that differ.
+    """
+    path = recipe.out / "recipe.json"
+    fields = recipe_fields(recipe)
+    if path.exists():
+        old, new = flatten(json.loads(path.read_text())), flatten(fields)
+        names = [name for name in sorted({*old, *new} - FREE) if old.get(name) != new.get(name)]
+        if names:
+            diff = ", ".join(f"{name} {old.get(name)} there, {new.get(name)} here" for name in names)
+            raise ValueError(f"{recipe.out} belongs to another recipe ({diff}): choose another --out, or remove it")
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(fields, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file so that a reader sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The run's checkpoints, oldest first, by step."""
+    return sorted(out.glob("step-" + "[0-9]" * 8))
+
+
+def save(accelerator: Accelerator, recipe: TrainConfig, step: int, net: ModelMixin, averages: Averages) -> Path:
+    """Saves under a temporary name, renames when all is on the disk, and prunes to recipe.keep."""
+    folder = recipe.out / f"step-{step:08d}"
+    temporary = recipe.out / f".{folder.name}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        net.save_pretrained(temporary / "model")
+        for decay, average in averages.items():
+            average.save_pretrained(temporary / "ema" / str(decay))
+        (temporary / "recipe.json").write_text(json.dumps(recipe_fields(recipe), indent=2) + "\n")
+        (temporary / "step.json").write_text(json.dumps({"step": step}) + "\n")
+    accelerator.wait_for_everyone()
+    # The weights are in model/ already: the hook empties the list that Accelerate would write.
+    hook = accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.save_state(temporary / "state", safe_serialization=True)
+    hook.remove()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        sync(recipe.out)
+        for old in checkpoints(recipe.out)[: -recipe.keep]:
+            shutil.rmtree(old)
+    return folder
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def load(accelerator: Accelerator, recipe: TrainConfig, net: ModelMixin, averages: Averages) -> int:
+    """Restores the newest checkpoint and returns its step; 0 if there is none."""
+    if not checkpoints(recipe.out):
+        return 0
+    folder = checkpoints(recipe.out)[-1]
+    for target, source in [(net, "model"), *((average, f"ema/{decay}") for decay, average in averages.items())]:
+        target.load_state_dict(type(net).from_pretrained(folder / source).state_dict())
+    hook = accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    accelerator.load_state(folder / "state")
+    hook.remove()
+    return json.loads((folder / "step.json").read_text())["step"]

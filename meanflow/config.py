@@ -1,0 +1,168 @@
+"""Everything that a run can be told. No torch here: `--help` has to be quick."""
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+
+def check(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_choices(config: object) -> None:
+    for f in fields(config):
+        if get_origin(f.type) is Literal:
+            choices = get_args(f.type)
+            check(getattr(config, f.name) in choices, f.name, getattr(config, f.name), f"one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class MeanFlowConfig:
+    """The objective of arXiv:2505.13447. Flow matching is meanflow_ratio 0, plain squared error norm_p 0.
+
+    Raises:
+        ValueError: a value is out of range; the message names both.
+    """
+
+    meanflow_ratio: float = 0.25
+    """share of the samples with r != t, in [0, 1]; the others are flow matching"""
+    time_sampler: Literal["v0", "v1"] = "v0"
+    """v0 (the paper's): t, r = max, min of two logit-normal draws; v1: t by itself, r = min(t, r)"""
+    P_mean: float = -0.4
+    """mean of logit(t)"""
+    P_std: float = 1.0
+    """standard deviation of logit(t), > 0"""
+    P_mean_r: float | None = None
+    """mean of logit(r), where it has its own"""
+    P_std_r: float | None = None
+    """standard deviation of logit(r), where it has its own"""
+    norm_p: float = 1.0
+    """power of the adaptive weight 1 / (squared error + norm_eps)^norm_p, >= 0; 0: none, 0.5: pseudo-Huber"""
+    norm_eps: float = 0.01
+    """> 0 (official code: 0.01 for ImageNet, 0.001 for CIFAR-10)"""
+    omega: float = 1.0
+    """guidance in training, > 0: weight of the true velocity; effective scale omega / (1 - kappa)"""
+    kappa: float = 0.0
+    """guidance in training, in [0, 1): weight of the class-conditional prediction"""
+    t_start: float = 0.0
+    """guidance acts from this t, in [0, 1] ..."""
+    t_end: float = 1.0
+    """... to this, both included"""
+    class_dropout_prob: float = 0.1
+    """share of the labels replaced by the null class, in [0, 1]; there the velocity is not guided"""
+    null_class: Literal["independent", "flow"] = "independent"
+    """which labels: any; or, as the official code does, those of r = t samples alone, as often overall"""
+    prediction: Literal["u", "x"] = "u"
+    """what the network returns: the average velocity u; or the clean x, with u = (z - x) / max(t, t_min)"""
+    t_min: float = 0.05
+    """smallest t, in (0, 1), when the prediction is x: for the division and for the times drawn"""
+    jvp: Literal["exact", "finite-difference"] = "exact"
+    """how du/dt is computed; finite differences are for networks without forward-mode derivatives"""
+    channel_weights: tuple[float, ...] | None = None
+    """weight of each channel's squared error, such as 1 / variance; none: 1"""
+
+    def __post_init__(self) -> None:
+        for name in ("meanflow_ratio", "t_start", "t_end", "class_dropout_prob"):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        check_choices(self)
+        for name in ("P_std", "norm_eps", "omega"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        check(self.P_std_r is None or self.P_std_r > 0, "P_std_r", self.P_std_r, "> 0")
+        check(self.norm_p >= 0, "norm_p", self.norm_p, ">= 0")
+        check(0 <= self.kappa < 1, "kappa", self.kappa, "in [0, 1)")
+        check(self.t_start <= self.t_end, "t_start", self.t_start, f"<= t_end, which is {self.t_end}")
+        check(0 < self.t_min < 1, "t_min", self.t_min, "in (0, 1)")
+        weights = self.channel_weights
+        check(weights is None or all(w > 0 for w in weights), "channel_weights", weights, "> 0")
+        if self.null_class == "flow":
+            limit = f"at most 1 - meanflow_ratio ({1 - self.meanflow_ratio}) with null_class flow"
+            check(self.class_dropout_prob <= 1 - self.meanflow_ratio, "class_dropout_prob", self.class_dropout_prob, limit)
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance is trained in."""
+        return (self.omega, self.kappa) != (1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A recipe: the data, the network, the objective and how long to train. Counts of images are over all processes.
+
+    Raises:
+        ValueError: a value is out of range; the message names both.
+    """
+
+    out: Path = Path("runs/run")
+    """folder of the checkpoints, logs and pictures; the same command resumes from it"""
+    data: str = "digits"
+    """digits: the 8 x 8 handwritten digits of scikit-learn, pixels in [-1, 1]"""
+    subset: tuple[int, int] | None = None
+    """train on this many classes and images of each alone"""
+    fixed_noise: bool = False
+    """give each image one fixed noise, so that a network can memorise the pairs"""
+    model: str = "DiT-B/4"
+    """name in models.MODELS"""
+    objective: MeanFlowConfig = MeanFlowConfig()
+    steps: int | None = None
+    """optimiser steps; this or epochs"""
+    epochs: float | None = None
+    """passes over the data; this or steps"""
+    global_batch: int = 256
+    """images per optimiser step, over all processes and accumulation steps"""
+    accumulation_steps: int = 1
+    """micro-batches per optimiser step and process"""
+    lr: float = 1e-4
+    """rate of Adam, > 0"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """betas of Adam, in [0, 1)"""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """the rate after the warm-up; cosine and linear end at 0"""
+    warmup_steps: int = 0
+    """optimiser steps over which the rate rises linearly; with 0 the first step has the full rate"""
+    max_grad_norm: float | None = None
+    """clip the gradient to this norm, > 0"""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16: autocast; weights, times, the loss and the average stay float32"""
+    ema_decay: tuple[float, ...] = (0.9999,)
+    """decays of the averaged weights, in [0, 1); the first makes the sample pictures"""
+    seed: int = 0
+    """data order, noise, times and label drop are functions of the seed, the step and the place in the batch"""
+    log_every: int = 50
+    """optimiser steps between lines of log.jsonl"""
+    sample_every: int = 1000
+    """optimiser steps between sample pictures"""
+    checkpoint_every: int = 1000
+    """optimiser steps between checkpoints; the last step always has one"""
+    keep: int = 2
+    """checkpoints kept, the newest"""
+    track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """trackers that get the log's numbers, too"""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check((self.steps is None) != (self.epochs is None), "steps", self.steps, "given, or epochs, and not both")
+        for name in ("steps", "epochs", "lr", "max_grad_norm"):
+            check(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        for name in ("global_batch", "accumulation_steps", "log_every", "sample_every", "checkpoint_every", "keep"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        for name in ("warmup_steps", "seed"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        for name in ("betas", "ema_decay"):
+            values = getattr(self, name)
+            check(len(values) > 0 and all(0 <= value < 1 for value in values), name, values, "in [0, 1)")
+        check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")
+
+
+def run(recipe: TrainConfig) -> None:
+    """A recipe's main program: flags first, then torch, then training. Bad input ends it with one line and exit code 1."""
+    import tyro
+
+    try:
+        recipe = tyro.cli(type(recipe), default=recipe, description=sys.modules["__main__"].__doc__)
+        from meanflow.trainer import train
+
+        train(recipe)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

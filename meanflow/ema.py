@@ -1,0 +1,26 @@
+"""Averaged weights: one exponential moving average per decay, stepped once per optimiser step."""
+
+from ema_pytorch import EMA
+from torch import nn
+
+
+class Averages:
+    """Averages of net's weights, each starting as a copy; no warm-up of the decay."""
+
+    def __init__(self, net: nn.Module, decays: tuple[float, ...]):
+        self.nets = {
+            # ema-pytorch's own defaults average every 10th step, after the 100th, and keep the online net inside.
+            decay: EMA(net, beta=decay, update_every=1, update_after_step=0, include_online_model=False, use_foreach=True)
+            for decay in decays
+        }
+
+    def update(self, net: nn.Module) -> None:
+        """ema = decay * ema + (1 - decay) * net. (EMA.update() would copy at first and then warm its decay up.)"""
+        for decay, ema in self.nets.items():
+            ema.update_moving_average(ema.ema_model, net, current_decay=decay)
+
+    def __getitem__(self, decay: float) -> nn.Module:
+        return self.nets[decay].ema_model
+
+    def items(self):
+        return ((decay, ema.ema_model) for decay, ema in self.nets.items())

@@ -1,0 +1,173 @@
+"""The MeanFlow objective, arXiv:2505.13447: an average velocity u that agrees with the data's velocity v."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from meanflow.config import MeanFlowConfig
+from meanflow.guidance import guided_velocity
+from meanflow.jvp import finite_difference, jvp
+from meanflow.time import Draws, guided_rows, num_meanflow
+
+
+def expand(t: Tensor, z: Tensor) -> Tensor:
+    """t, (B,), as (B, 1, ...) with as many axes as z."""
+    return t.view(-1, *[1] * (z.ndim - 1))
+
+
+def average_velocity(net: nn.Module, config: MeanFlowConfig, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
+    """u(z_t, t, r, y), like z; u(z_t, t, t, y) is the instantaneous velocity.
+
+    With prediction "x" the network returns x_hat and u = (z - x_hat) / max(t, t_min), arXiv:2601.22158.
+    """
+    out = net(z, t, t - r, y).to(z.dtype)  # from autocast back to at least float32
+    return out if config.prediction == "u" else (z - out) / expand(t.clamp(min=config.t_min), z)
+
+
+def mean_velocity_target(
+    u_fn: Callable, z_t: Tensor, t: Tensor, r: Tensor, v: Tensor, jvp: Callable = jvp
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The average velocity u, its regression target and du/dt, eqs. (8)-(11).
+
+    Args:
+        u_fn: (z_t, t, r) -> u with the labels bound; of the bare network, since a derivative cannot cross DDP.
+        z_t, v: a point on the path and the (guided) velocity there, (B, C, *S).
+        t, r: the interval's ends in [0, 1], r <= t, (B,).
+    Returns:
+        u with its graph; u_tgt = v - (t - r) du/dt and du/dt, both detached; all like z_t.
+    """
+    # The total derivative along the path: dz/dt = v, dt/dt = 1, dr/dt = 0.
+    u, du_dt = jvp(u_fn, (z_t, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))
+    return u, (v - expand(t - r, z_t) * du_dt).detach(), du_dt
+
+
+def adaptive_weight(squared_error: Tensor, norm_p: float, norm_eps: float) -> Tensor:
+    """w = 1 / (squared error + norm_eps)^norm_p, detached, sec. 4.3. The squared error is summed over a sample, (B,)."""
+    return (squared_error.detach() + norm_eps) ** -norm_p
+
+
+class Output(NamedTuple):
+    loss: Tensor  # the scalar to differentiate
+    metrics: dict[str, Tensor]  # detached
+
+
+class MeanFlow(nn.Module):
+    """objective(x, y, draws) -> Output(loss, metrics), for a network net(z, t, h, y) with h = t - r.
+
+    DDP and FSDP wrap this module, not the network: gradients can cross them, a forward-mode derivative cannot.
+    """
+
+    def __init__(self, net: nn.Module, config: MeanFlowConfig):
+        super().__init__()
+        self.net, self.config = net, config
+        weights = None if config.channel_weights is None else torch.tensor(config.channel_weights)
+        self.register_buffer("channel_weights", weights, persistent=False)
+
+    def u(self, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
+        return average_velocity(self.net, self.config, z, t, r, y)
+
+    def forward(self, x: Tensor, y: Tensor | None, draws: Draws) -> Output:
+        """The loss and metrics of one micro-batch.
+
+        Args:
+            x: data, (B, C, *S).
+            y: classes in [0, num_classes], (B,) int64; None for an unconditional network.
+            draws: the noise and times; the first k = round(B * meanflow_ratio) rows are the r != t ones.
+        Returns:
+            The metrics, means over the samples that they name: raw_loss, the squared error summed over a sample, without
+            weights; raw_loss_flow and raw_loss_meanflow, of the r = t and the r != t samples; raw_loss_channels, (C,);
+            du_dt, the norm of the total derivative. One over no samples is left out.
+        Raises:
+            ValueError: a shape or, on the CPU, a class or the order of the rows is wrong.
+        """
+        config, k = self.config, num_meanflow(self.config, len(x))
+        self.check(x, y, draws, k)
+        t, r = draws.t, draws.r
+        z_t = (1 - expand(t, x)) * x + expand(t, x) * draws.e
+        v = draws.e - x
+        if y is not None:
+            y = torch.where(draws.drop, self.net.config.num_classes, y)
+
+        def rows(part: slice) -> tuple[Tensor | None, ...]:
+            return tuple(None if a is None else a[part] for a in (z_t, t, r, y))
+
+        # The r = t rows are plain flow matching; they go first, since guidance reads their u.
+        u = self.u(*rows(slice(k, None))) if k < len(x) else v[k:]
+        u_tgt = v_g = self.guide(v, z_t, t, y, u, draws) if config.guided and y is not None else v
+        metrics = {}
+        if k:
+            *interval, y_k = rows(slice(k))
+            u_k, u_tgt_k, du_dt = mean_velocity_target(
+                lambda z, t, r: self.u(z, t, r, y_k), *interval, v_g[:k], JVP[config.jvp]
+            )
+            u, u_tgt = torch.cat([u_k, u]), torch.cat([u_tgt_k, v_g[k:]])
+            metrics["du_dt"] = du_dt.flatten(1).norm(dim=1).mean()
+
+        squared = (u - u_tgt).square()
+        weighted = squared if self.channel_weights is None else squared * self.channel_weights.view(-1, *[1] * (x.ndim - 2))
+        error = weighted.flatten(1).sum(dim=1)
+        loss = (adaptive_weight(error, config.norm_p, config.norm_eps) * error).mean()
+
+        raw = squared.detach().flatten(2).sum(dim=2)  # (B, C)
+        metrics |= {"raw_loss": raw.sum(dim=1).mean(), "raw_loss_channels": raw.mean(dim=0)}
+        for name, part in (("raw_loss_meanflow", raw[:k]), ("raw_loss_flow", raw[k:])):
+            if len(part):
+                metrics[name] = part.sum(dim=1).mean()
+        return Output(loss, metrics)
+
+    def guide(self, v: Tensor, z_t: Tensor, t: Tensor, y: Tensor, u_flow: Tensor, draws: Draws) -> Tensor:
+        """The guided velocity, detached: v where guidance does not act, and only the rows where it does are evaluated.
+
+        u_flow is u(z_t, t, t, y) of the r = t rows, the main forward's output. A network with active dropout
+        evaluates them again without.
+        """
+        config, k = self.config, len(v) - len(u_flow)
+        interval, flow = draws.guided or guided_rows(config, t, draws.drop)
+        acting = torch.cat([interval, flow])
+        if not len(acting):
+            return v
+        again = acting if has_dropout(self.net) else interval
+        again = again if config.kappa else again[:0]
+        batch = torch.cat([acting, again])
+        labels = torch.cat([torch.full_like(acting, self.net.config.num_classes), y[again]])
+        with torch.no_grad(), without_dropout(self.net):
+            u_null, u_cond = self.u(z_t[batch], t[batch], t[batch], labels).split([len(acting), len(again)])
+        if config.kappa and len(again) < len(acting):
+            u_cond = torch.cat([u_cond, u_flow.detach()[flow - k]])
+        v_g = guided_velocity(v[acting], u_null, u_cond if config.kappa else 0.0, config.omega, config.kappa)
+        return v.index_copy(0, acting, v_g)
+
+    def check(self, x: Tensor, y: Tensor | None, draws: Draws, k: int) -> None:
+        if x.shape != draws.e.shape:
+            raise ValueError(f"noise must be {tuple(x.shape)} like the data, got {tuple(draws.e.shape)}")
+        if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
+            raise ValueError(f"classes must be ({len(x)},) int64, got {tuple(y.shape)} {y.dtype}")
+        if self.config.jvp == "finite-difference" and has_dropout(self.net):
+            raise ValueError("jvp must be exact for a network with active dropout, got finite-difference")
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # an accelerator would have to wait
+        if y is not None and not (0 <= y.min() and y.max() <= self.net.config.num_classes):
+            raise ValueError(f"classes must be in [0, {self.net.config.num_classes}], got {y.min()} to {y.max()}")
+        if (draws.r[k:] != draws.t[k:]).any():
+            raise ValueError(f"the first {k} of {len(x)} rows must be the r != t ones, got r = t rows first")
+
+
+JVP = {"exact": jvp, "finite-difference": finite_difference}
+
+
+def has_dropout(net: nn.Module) -> bool:
+    return any(isinstance(m, _DropoutNd) and m.p > 0 and m.training for m in net.modules())
+
+
+@contextmanager
+def without_dropout(net: nn.Module) -> Iterator[None]:
+    layers = [m for m in net.modules() if isinstance(m, _DropoutNd) and m.training]
+    for layer in layers:
+        layer.eval()
+    yield
+    for layer in layers:
+        layer.train()

@@ -1,0 +1,32 @@
+"""Pictures of a run: sample grids and loss curves."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+
+def save_grid(x: Tensor, path: Path, columns: int) -> None:
+    """Writes pixels in [-1, 1], (B, C, H, W), as a PNG grid; small images are enlarged to 32 pixels or more."""
+    x = x.detach().float().cpu().clamp(-1, 1)
+    enlarge = -(-32 // x.shape[-1])
+    x = x.repeat_interleave(enlarge, dim=-1).repeat_interleave(enlarge, dim=-2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_image(make_grid(x / 2 + 0.5, nrow=columns, pad_value=0.5), path)
+
+
+def save_curves(log: list[dict], path: Path) -> None:
+    """Draws the raw losses of log.jsonl over the steps, logarithmically."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("raw_loss", "all"), ("raw_loss_flow", "r = t"), ("raw_loss_meanflow", "r ≠ t")):
+        points = [(line["step"], line[name]) for line in log if name in line]
+        if points:
+            axes.plot(*zip(*points), label=label, linewidth=2 if label == "all" else 1)
+    axes.set(xlabel="step", ylabel="raw loss (squared error summed over a sample)", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,154 @@
+"""The random draws of one training step: noise, times and dropped labels, made on the CPU.
+
+A sample's draws are a function of the seed and its slot, the place it has in the sequence of all samples that the run
+will ever see. So they depend neither on the device nor on how many processes share the work.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from meanflow.config import MeanFlowConfig
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random in a step, row by row; the r != t rows come first.
+
+    Args:
+        e: standard normal noise, like x, (B, C, *S).
+        t, r: the interval's ends, (B,), 0 <= r <= t <= 1.
+        drop: which labels become the null class, (B,) bool.
+        guided: indices of the rows whose velocity guidance changes, int64: those with r != t and those with r = t.
+            None: the objective looks for them, for which an accelerator has to wait.
+    Raises:
+        ValueError: on the CPU, a shape, dtype or time is wrong.
+    """
+
+    e: Tensor
+    t: Tensor
+    r: Tensor
+    drop: Tensor
+    guided: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        batch = self.e.shape[:1]
+        if not self.t.shape == self.r.shape == self.drop.shape == batch:
+            shapes = [tuple(x.shape) for x in (self.t, self.r, self.drop)]
+            raise ValueError(f"t, r and drop must be {tuple(batch)} like the noise's first axis, got {shapes}")
+        if self.drop.dtype != torch.bool:
+            raise ValueError(f"drop must be bool, got {self.drop.dtype}")
+        if self.t.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if not (0 <= self.r.min() and self.t.max() <= 1):
+            raise ValueError(f"t and r must be in [0, 1], got {self.r.min():.4g} to {self.t.max():.4g}")
+        if (self.r > self.t).any():
+            row = int((self.r > self.t).nonzero()[0])
+            raise ValueError(f"r must be <= t, got r = {self.r[row]:.4g} > t = {self.t[row]:.4g} in row {row}")
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Draws":
+        e, t, r, drop = (x.to(device, non_blocking=non_blocking) for x in (self.e, self.t, self.r, self.drop))
+        guided = self.guided and tuple(x.to(device, non_blocking=non_blocking) for x in self.guided)
+        return Draws(e, t, r, drop, guided)
+
+
+def generator(seed: int, index: int, stream: str = "draws") -> torch.Generator:
+    """The random numbers of one slot, epoch or image; streams are independent of each other.
+
+    torch keeps 32 bits of a seed, so that of 4e9 slots some share their numbers, at different times and with other data.
+    """
+    digest = hashlib.blake2b(f"{seed} {index} {stream}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, (len(indices), *shape), on the CPU; each image's depends on (seed, its index) alone."""
+    return torch.stack([torch.randn(shape, generator=generator(seed, index, "noise")) for index in indices])
+
+
+def num_meanflow(config: MeanFlowConfig, batch: int) -> int:
+    """How many of `batch` samples have r != t: an exact count."""
+    return round(batch * config.meanflow_ratio)
+
+
+def has_interval(config: MeanFlowConfig, slots: Sequence[int], global_batch: int) -> Tensor:
+    """Which slots have r != t, (B,) bool: num_meanflow of every global batch, evenly spread over it."""
+    k, j = num_meanflow(config, global_batch), torch.tensor(slots) % global_batch
+    return (j + 1) * k // global_batch > j * k // global_batch
+
+
+def order_slots(config: MeanFlowConfig, slots: Sequence[int], global_batch: int) -> list[int]:
+    """The slots of a micro-batch with the r != t ones first.
+
+    Raises:
+        ValueError: they do not hold the exact share.
+    """
+    interval, k = has_interval(config, slots, global_batch), num_meanflow(config, global_batch)
+    if interval.sum() * global_batch != k * len(slots):
+        raise ValueError(
+            f"a micro-batch of {len(slots)} cannot hold its exact share of the {k} r != t samples in every {global_batch} "
+            f"(meanflow_ratio {config.meanflow_ratio}): change global_batch or accumulation_steps"
+        )
+    slots = torch.tensor(slots)
+    return torch.cat([slots[interval], slots[~interval]]).tolist()
+
+
+def sample_times(config: MeanFlowConfig, normals: Tensor, interval: Tensor) -> tuple[Tensor, Tensor]:
+    """t and r, (B,), from standard normal numbers (B, 2) and the rows that keep r != t, (B,) bool.
+
+    v0, arXiv:2505.13447 sec. 4.3: t, r = max, min of two logit-normals. v1, the authors' CIFAR-10 code: t by itself and
+    r = min(t, r), so that some of the chosen rows have r = t all the same. In the other rows r = t either way.
+    """
+    P_mean_r = config.P_mean if config.P_mean_r is None else config.P_mean_r
+    P_std_r = config.P_std if config.P_std_r is None else config.P_std_r
+    t = (config.P_mean + config.P_std * normals[:, 0]).sigmoid()
+    r = (P_mean_r + P_std_r * normals[:, 1]).sigmoid()
+    if config.time_sampler == "v0":
+        t, r = torch.maximum(t, r), torch.minimum(t, r)
+    if config.prediction == "x":
+        t = t.clamp(min=config.t_min)
+    return t, torch.where(interval, torch.minimum(t, r), t)
+
+
+def drop_labels(config: MeanFlowConfig, uniform: Tensor, interval: Tensor) -> Tensor:
+    """Which labels to drop, (B,) bool, from uniform numbers (B,); null_class "flow" spares the r != t rows."""
+    if config.null_class == "independent" or config.class_dropout_prob == 0:
+        return uniform < config.class_dropout_prob
+    return ~interval & (uniform < config.class_dropout_prob / (1 - config.meanflow_ratio))
+
+
+def make_draws(
+    config: MeanFlowConfig, shape: tuple[int, ...], seed: int, slots: Sequence[int], global_batch: int | None = None
+) -> Draws:
+    """The draws of these slots: a pure function.
+
+    Args:
+        shape: of one sample, (C, *S).
+        slots: step * global_batch + place in the global batch, in the order of `order_slots`.
+        global_batch: samples per optimiser step; default: these slots are all of them.
+    Raises:
+        ValueError: r = t slots come first, or the slots do not hold the exact share of r != t.
+    """
+    global_batch = global_batch or len(slots)
+    if list(slots) != order_slots(config, slots, global_batch):
+        raise ValueError("r = t slots stand before r != t ones: put the slots in the order of order_slots")
+    normals, uniform, e = torch.empty(len(slots), 2), torch.empty(len(slots)), torch.empty(len(slots), *shape)
+    for row, slot in enumerate(slots):
+        random = generator(seed, slot)
+        normals[row].normal_(generator=random)
+        uniform[row].uniform_(generator=random)
+        e[row].normal_(generator=random)
+    interval = has_interval(config, slots, global_batch)
+    t, r = sample_times(config, normals, interval)
+    drop = drop_labels(config, uniform, interval)
+    return Draws(e, t, r, drop, guided_rows(config, t, drop) if config.guided else None)
+
+
+def guided_rows(config: MeanFlowConfig, t: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the rows whose velocity guidance changes (t in [t_start, t_end], label kept): r != t ones, r = t ones."""
+    inside = (config.t_start <= t) & (t <= config.t_end) & ~drop
+    k = num_meanflow(config, len(t))
+    return inside[:k].nonzero()[:, 0], k + inside[k:].nonzero()[:, 0]

@@ -1,0 +1,162 @@
+"""The training loop, on Accelerate: the same code for a laptop and a cluster."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from diffusers import ModelMixin
+from torch import Tensor
+from tqdm import tqdm
+
+from meanflow import checkpoint
+from meanflow.config import TrainConfig
+from meanflow.data import Images, load_images, make_loader
+from meanflow.ema import Averages
+from meanflow.objective import MeanFlow, average_velocity
+from meanflow.pictures import save_curves, save_grid
+from meanflow.sampler import sample
+from meanflow.time import noise
+from models import MODELS
+
+
+def train(recipe: TrainConfig) -> None:
+    """Trains the recipe into recipe.out, from its newest checkpoint if it has one.
+
+    Raises:
+        ValueError: a choice that cannot work, before the first step.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=recipe.mixed_precision,
+        gradient_accumulation_steps=recipe.accumulation_steps,
+        log_with=list(recipe.track) or None,
+        project_dir=recipe.out,
+    )
+    set_seed(recipe.seed)
+    images = load_images(recipe)
+    net = make_net(recipe, images).to(accelerator.device)
+    averages = Averages(net, recipe.ema_decay)
+    optimizer = torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas, fused=True)
+    objective, optimizer = accelerator.prepare(MeanFlow(net, recipe.objective), optimizer)
+
+    total = recipe.steps or math.ceil(recipe.epochs * len(images.x) / recipe.global_batch)
+    place = (accelerator.process_index, accelerator.num_processes)
+    make_loader(recipe, images, 0, total, *place)  # refuses a batch that does not divide, before a folder is made
+    if accelerator.is_main_process:
+        checkpoint.claim_folder(recipe)
+    accelerator.wait_for_everyone()
+    step = checkpoint.load(accelerator, recipe, net, averages)
+    log = Log(accelerator, recipe, step)
+    if step:
+        log.say(f"{recipe.out}: resumes after step {step} of {total}")
+    bar = tqdm(total=total, initial=step, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
+
+    objective.train()
+    for x, y, draws in make_loader(recipe, images, step, total, *place):
+        with accelerator.accumulate(objective):
+            out = objective(*send_to_device((x, y, draws), accelerator.device, non_blocking=True))
+            accelerator.backward(out.loss)
+            if accelerator.sync_gradients and recipe.max_grad_norm:
+                accelerator.clip_grad_norm_(objective.parameters(), recipe.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, step, total)
+            optimizer.step()
+            optimizer.zero_grad()
+        log.add(out.loss, out.metrics)
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        averages.update(net)
+        bar.update()
+        if step % recipe.log_every == 0 or step == total:
+            bar.set_postfix(log.write(step, lr=group["lr"]))
+        if step % recipe.checkpoint_every == 0 or step == total:
+            checkpoint.save(accelerator, recipe, step, net, averages)
+        if (step % recipe.sample_every == 0 or step == total) and accelerator.is_main_process:
+            draw_samples(recipe, images, averages[recipe.ema_decay[0]], accelerator.device, step)
+            log.draw()
+    bar.close()
+    log.say(f"{recipe.out}: checkpoints, log.jsonl, loss.png and samples/")
+    accelerator.end_training()
+
+
+def make_net(recipe: TrainConfig, images: Images) -> ModelMixin:
+    """The recipe's network, for the data's shape and classes."""
+    if recipe.model not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {recipe.model}")
+    channels, *size = images.x.shape[1:]
+    return MODELS[recipe.model](input_size=tuple(size), in_channels=channels, num_classes=images.num_classes)
+
+
+def learning_rate(recipe: TrainConfig, step: int, total: int) -> float:
+    """The rate of optimiser step `step`, counted from 0: a linear warm-up, then the schedule, which ends at 0."""
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / (recipe.warmup_steps + 1)
+    done = (step - recipe.warmup_steps) / max(1, total - recipe.warmup_steps)
+    return recipe.lr * {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[recipe.schedule]
+
+
+@torch.no_grad()
+def draw_samples(recipe: TrainConfig, images: Images, net: ModelMixin, device: torch.device, step: int) -> None:
+    """Writes samples/step-....png: one-step samples, a column per class; of fixed pairs, what should be their images."""
+    columns = min(images.num_classes, 10) or 8
+    if recipe.fixed_noise:
+        y = images.y[:64]
+    else:
+        y = torch.arange(columns).repeat(8) if images.num_classes else None
+    e = noise(recipe.seed, range(len(y) if y is not None else 64), images.x.shape[1:]).to(device)
+    y = y if y is None else y.to(device)
+    x = sample(lambda z, t, r: average_velocity(net, recipe.objective, z, t, r, y), e)
+    save_grid(x, recipe.out / "samples" / f"step-{step:08d}.png", columns)
+
+
+class Log:
+    """log.jsonl, loss.png and the trackers: one line holds the means since the line before."""
+
+    def __init__(self, accelerator: Accelerator, recipe: TrainConfig, step: int):
+        self.accelerator, self.recipe, self.path = accelerator, recipe, recipe.out / "log.jsonl"
+        self.sums: dict[str, list[Tensor]] = {}
+        self.step, self.start = step, time.perf_counter()
+        if recipe.track:
+            accelerator.init_trackers(recipe.out.name, checkpoint.flatten(checkpoint.recipe_fields(recipe)))
+        if accelerator.is_main_process and self.path.exists():  # forget what the resumed run will do again
+            kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= step]
+            checkpoint.write_whole(self.path, "".join(f"{line}\n" for line in kept))
+
+    def say(self, text: str) -> None:
+        self.accelerator.print(text)
+
+    def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        """Notes one micro-batch, without waiting for the device."""
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = (total + value, count + 1)
+
+    def write(self, step: int, lr: float) -> dict[str, str]:
+        """Writes a line and returns what the progress bar shows."""
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        means = {name: value.tolist() for name, value in self.accelerator.reduce(means, "mean").items()}
+        rate = (step - self.step) * self.recipe.global_batch / (time.perf_counter() - self.start)
+        line = {"step": step, **means, "lr": lr, "images_per_second": rate}
+        self.sums, self.step, self.start = {}, step, time.perf_counter()
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        for name, value in list(line.items()):
+            if isinstance(value, list):
+                line |= {f"{name}/{channel}": v for channel, v in enumerate(line.pop(name))}
+        self.accelerator.log(line, step=step)
+        return {"raw loss": f"{means['raw_loss']:.4g}", "images/s": f"{rate:.0f}"}
+
+    def draw(self) -> None:
+        if self.accelerator.is_main_process and self.path.exists():
+            save_curves(read_log(self.path), self.recipe.out / "loss.png")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl; a last line that a crash cut short is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

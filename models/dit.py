@@ -1,0 +1,186 @@
+"""The MeanFlow DiT: a transformer on patches, conditioned on (t, h) and a class by adaLN-Zero.
+
+Architecture of "Scalable Diffusion Models with Transformers" (arXiv:2212.09748) with the time inputs of MeanFlow
+(arXiv:2505.13447). Parameter names are those of facebookresearch/DiT, so that its checkpoints map one to one.
+
+Shapes: B batch, C channels, H x W input size, p patch size, N = (H/p)(W/p) tokens, D hidden size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from timm.layers import Mlp, PatchEmbed
+from torch import Tensor, nn
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def sincos_positions(width: int, rows: int, columns: int) -> Tensor:
+    """Fixed position table (rows * columns, width): the column's code fills the first half, the row's the second."""
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    codes = []
+    for position in (column, row):
+        angle = position.reshape(-1, 1) * frequency
+        codes += [angle.sin(), angle.cos()]
+    return torch.cat(codes, dim=1).float()
+
+
+class TimestepEmbedder(nn.Module):
+    """Embeds a time in [0, 1], not multiplied by 1000: (B,) -> (B, D), in float32 under autocast too."""
+
+    def __init__(self, hidden_size: int, num_features: int = 256):
+        super().__init__()
+        half = num_features // 2
+        frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("frequency", frequency, persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        # du_dt sees this path's rounding amplified, and the path costs next to nothing.
+        with torch.autocast(t.device.type, enabled=False):
+            angle = t[:, None] * self.frequency
+            features = torch.cat([angle.cos(), angle.sin()], dim=-1)
+            return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Embeds a class, (B,) -> (B, D); the table's last row is the null class."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D); the qkv features are ordered (q/k/v, head, channel)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class DiTBlock(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x: (B, N, D) tokens; c: (B, D) conditioning."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, out_features: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(hidden_size, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """net(z, t, h, y) -> u, the average velocity over [t - h, t]; a fresh network returns 0.
+
+    Args:
+        input_size: height and width of z, one number for a square; a multiple of patch_size.
+        hidden_size: width D; a multiple of 4 and of num_heads.
+        num_classes: classes 0..num_classes - 1; num_classes itself is the null class. 0: unconditional, y is None.
+    Raises:
+        ValueError: a size that does not divide, or a z of another shape.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: int | tuple[int, int],
+        patch_size: int,
+        in_channels: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+    ):
+        super().__init__()
+        size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        if any(side % patch_size for side in size):
+            raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads ({num_heads})")
+        self.z_shape = (in_channels, *size)
+        self.x_embedder = PatchEmbed(size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.h_embedder = TimestepEmbedder(hidden_size)
+        if num_classes:
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        positions = sincos_positions(hidden_size, *self.x_embedder.grid_size)
+        self.register_buffer("pos_embed", positions, persistent=False)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The official initialisation: adaLN-Zero, so that every block starts as the identity and u as 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        patch = self.x_embedder.proj
+        nn.init.xavier_uniform_(patch.weight.view(patch.out_channels, -1))
+        nn.init.zeros_(patch.bias)
+        for embedder in (self.t_embedder, self.h_embedder):
+            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
+        if self.config.num_classes:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, z: Tensor, t: Tensor, h: Tensor, y: Tensor | None = None) -> Tensor:
+        """Returns u like z. z: (B, C, H, W); t, h = t - r: (B,) in [0, 1]; y: (B,) int64, None if unconditional."""
+        if z.shape[1:] != self.z_shape:
+            raise ValueError(f"z must be (B, {', '.join(map(str, self.z_shape))}), got {tuple(z.shape)}")
+        if (y is None) != (self.config.num_classes == 0):
+            raise ValueError(f"num_classes is {self.config.num_classes}, so y must {'' if y is None else 'not '}be given")
+        x = self.x_embedder(z).contiguous() + self.pos_embed  # (B, N, D); PatchEmbed leaves it transposed
+        c = self.t_embedder(t) + self.h_embedder(h)  # (B, D)
+        if y is not None:
+            c = c + self.y_embedder(y)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.unpatchify(self.final_layer(x, c))
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """(B, N, p * p * C) -> (B, C, H, W); a token's features are ordered (row, column, channel)."""
+        p, (rows, columns) = self.config.patch_size, self.x_embedder.grid_size
+        x = x.unflatten(1, (rows, columns)).unflatten(-1, (p, p, -1))  # (B, rows, columns, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
