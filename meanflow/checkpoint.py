@@ -15,8 +15,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from diffusers import ModelMixin
 
-from meanflow.config import TrainConfig
+from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.ema import Averages
+from models import MODELS
 
 # What may differ between a run and its resumption, since it changes no number.
 FREE = {"out", "log_every", "sample_every", "checkpoint_every", "keep", "track"}
@@ -109,3 +110,10 @@ def load(accelerator: Accelerator, recipe: TrainConfig, net: ModelMixin, average
     accelerator.load_state(folder / "state")
     hook.remove()
     return json.loads((folder / "step.json").read_text())["step"]
+
+
+def load_network(folder: Path) -> tuple[ModelMixin, MeanFlowConfig]:
+    """The averaged network of a checkpoint (its first decay), for sampling, and the objective it was trained by."""
+    recipe = json.loads((folder / "recipe.json").read_text())
+    net = MODELS[recipe["model"]].func.from_pretrained(folder / "ema" / str(recipe["ema_decay"][0]))
+    return net.eval(), MeanFlowConfig(**recipe["objective"])

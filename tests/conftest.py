@@ -1,0 +1,47 @@
+"""What several tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.dit import DiT
+
+torch.set_num_threads(1)  # pytest-xdist runs one process per core
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def assert_golden(actual: Tensor, expected: Tensor) -> None:
+    """Equal to 1e-5 of the expected tensor's largest entry, in float32."""
+    error = (actual.detach() - expected).abs().max()
+    assert error <= 1e-5 * expected.abs().max(), f"off by {error:.3g}, largest entry {expected.abs().max():.3g}"
+
+
+def perturbed(net: nn.Module, std: float = 0.1) -> nn.Module:
+    """The network with noise on its weights: a fresh one returns 0, of which nearly everything holds."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += std * torch.randn(p.shape, generator=generator).to(p)
+    return net
+
+
+def small_dit(**changes) -> DiT:
+    settings = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return perturbed(DiT(**{**settings, "num_classes": 5, **changes}))
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "meanflow_dit.safetensors")
+
+
+@pytest.fixture
+def golden_net(golden: dict[str, Tensor]) -> DiT:
+    net = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=4, num_classes=10)
+    net.load_state_dict({name[2:]: value for name, value in golden.items() if name.startswith("w.")})
+    return net

@@ -1,0 +1,81 @@
+"""Compares a MeanFlow run on the digits with its flow-matching twin, against the held-out digits.
+
+    python tools/digits_report.py runs/digits --flow runs/digits-flow
+
+Prints a table and writes metrics.json and samples.png into the run.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Options:
+    run: tyro.conf.Positional[Path]
+    """the MeanFlow run"""
+    flow: Path
+    """the flow-matching run: same network, steps and seed"""
+
+
+def report(options: Options) -> None:
+    import torch
+    from sklearn.svm import SVC
+
+    from meanflow.checkpoint import checkpoints, load_network, write_whole
+    from meanflow.data import digits
+    from meanflow.evaluate import energy_distance, frechet_distance
+    from meanflow.objective import average_velocity
+    from meanflow.pictures import save_grid
+    from meanflow.sampler import euler, sample
+    from meanflow.time import noise
+
+    real, held_out = digits()
+
+    def pixels(x: torch.Tensor):
+        return ((x + 1) * 8).round().clamp(0, 16).flatten(1).numpy()
+
+    target = pixels(held_out.x)
+    classifier = SVC(C=10).fit(pixels(real.x), real.y)
+
+    def measure(x, y) -> dict[str, float]:
+        return {
+            "accuracy": float((classifier.predict(x) == y.numpy()).mean()),
+            "energy_distance": energy_distance(x, target),
+            "frechet_distance": frechet_distance(x, target),
+        }
+
+    e, y = noise(1, range(len(real.y)), real.x.shape[1:]), real.y
+    rows = {"real digits, training to held-out": measure(pixels(real.x), y)}
+    rows["real digits, training to held-out"]["accuracy"] = measure(target, held_out.y)["accuracy"]
+    for name, folder, settings in (
+        ("MeanFlow", options.run, ((sample, 1), (sample, 2), (sample, 4), (euler, 50))),
+        ("flow matching", options.flow, ((sample, 1), (euler, 50))),
+    ):
+        if not checkpoints(folder):
+            raise FileNotFoundError(f"{folder} has no checkpoint: train it first")
+        net, config = load_network(checkpoints(folder)[-1])
+        for solver, num_steps in settings:
+            with torch.no_grad():
+                x = solver(lambda z, t, r: average_velocity(net, config, z, t, r, y), e, num_steps)
+            if (name, num_steps) == ("MeanFlow", 1):
+                picture = x
+            rows[f"{name}, {num_steps} step{'s' * (num_steps > 1)}{' (Euler)' * (solver is euler)}"] = measure(pixels(x), y)
+
+    print(f"\n{'':36}{'class accuracy':>16}{'energy distance':>17}{'Frechet distance':>18}")
+    for name, row in rows.items():
+        print(f"{name:36}{row['accuracy']:16.3f}{row['energy_distance']:17.3f}{row['frechet_distance']:18.1f}")
+    write_whole(options.run / "metrics.json", json.dumps(rows, indent=2) + "\n")
+    first = [(y == label).nonzero()[:8, 0] for label in range(10)]
+    save_grid(picture[torch.stack(first, dim=1).flatten()], options.run / "samples.png", columns=10)
+    print(f"\n{options.run / 'samples.png'}: one-step samples, a column per class; {options.run / 'metrics.json'}")
+
+
+if __name__ == "__main__":
+    try:
+        report(tyro.cli(Options, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
