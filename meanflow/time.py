@@ -135,14 +135,16 @@ def make_draws(
     global_batch = global_batch or len(slots)
     if list(slots) != order_slots(config, slots, global_batch):
         raise ValueError("r = t slots stand before r != t ones: put the slots in the order of order_slots")
-    normals, uniform, e = torch.empty(len(slots), 2), torch.empty(len(slots)), torch.empty(len(slots), *shape)
+    # Times in float64, then rounded: a vectorised float32 sigmoid's last digit depends on a row's place in the batch.
+    normals, uniform = torch.empty(len(slots), 2, dtype=torch.float64), torch.empty(len(slots))
+    e = torch.empty(len(slots), *shape)
     for row, slot in enumerate(slots):
         random = generator(seed, slot)
         normals[row].normal_(generator=random)
         uniform[row].uniform_(generator=random)
         e[row].normal_(generator=random)
     interval = has_interval(config, slots, global_batch)
-    t, r = sample_times(config, normals, interval)
+    t, r = (time.float() for time in sample_times(config, normals, interval))
     drop = drop_labels(config, uniform, interval)
     return Draws(e, t, r, drop, guided_rows(config, t, drop) if config.guided else None)
 

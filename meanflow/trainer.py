@@ -122,7 +122,8 @@ class Log:
         self.sums: dict[str, list[Tensor]] = {}
         self.step, self.start = step, time.perf_counter()
         if recipe.track:
-            accelerator.init_trackers(recipe.out.name, checkpoint.flatten(checkpoint.recipe_fields(recipe)))
+            fields = checkpoint.flatten(checkpoint.recipe_fields(recipe))
+            accelerator.init_trackers(recipe.out.name, {name: str(value) for name, value in fields.items()})
         if accelerator.is_main_process and self.path.exists():  # forget what the resumed run will do again
             kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= step]
             checkpoint.write_whole(self.path, "".join(f"{line}\n" for line in kept))

@@ -1,0 +1,42 @@
+"""What a step costs, by exact counts; and that the tool that says so runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.benchmark import Step, build, count, steps
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """DiT of width 384, depth 6, 6 heads, on 64 tokens, batch 32: a forward and backward each."""
+    net = build(Step())
+    return {name: count(net, loss) for name, loss in steps(Step(), net).items()}
+
+
+def test_a_meanflow_step_costs_little_more_than_flow_matching(counts):
+    """FLOPs at most 1.09 at ratio 0.25 (floor 1.083) and 1.35 at 1; bytes kept for the backward at most 1.05."""
+    base = counts["flow matching"]
+    for name, limit in (("ours, ratio 0.25", 1.09), ("ours, ratio 1", 1.35)):
+        assert counts[name]["flops"] <= limit * base["flops"]
+        assert counts[name]["bytes"] <= 1.05 * base["bytes"]
+
+
+def test_the_peers_way_costs_what_it_is_said_to(counts):
+    """Else the comparison in the README is a straw man, or the counter counts nothing."""
+    base, peers = counts["flow matching"], counts["torch.func.jvp, whole batch, ratio 0.25"]
+    assert 1.6 < peers["flops"] / base["flops"] < 1.8 and peers["bytes"] > 1.5 * base["bytes"]
+
+
+def test_the_tool_prints_its_table_and_writes_it(tmp_path):
+    root = Path(__file__).parents[1]
+    sizes = ["--hidden-size", "16", "--depth", "1", "--num-heads", "1", "--batch", "4", "--repeats", "1"]
+    command = [sys.executable, "tools/benchmark.py", "step", *sizes, "--json", str(tmp_path / "out.json")]
+    shown = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "ours, ratio 0.25" in shown.stdout
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["flops_ratio"] for row in rows][0] == 1.0 and len(rows) == 5

@@ -1,0 +1,24 @@
+"""Averaged weights and Adam, against the official optimiser's numbers."""
+
+import torch
+from conftest import assert_golden
+from torch import nn
+
+from meanflow.ema import Averages
+
+
+def test_adam_and_average_match_the_official_numbers(golden):
+    """An average that starts from zero, warms up, or lags a step behind the optimiser fails."""
+    net = nn.Module()
+    net.w = nn.Parameter(golden["opt.p0"].clone())
+    averages = Averages(net, (0.9, 0.5))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2, (0.9, 0.95), fused=True)
+    slow = golden["opt.p0"].clone()
+    for step, gradient in enumerate(golden["opt.grads"], 1):
+        net.w.grad = gradient.clone()
+        optimizer.step()
+        averages.update(net)
+        slow = 0.5 * slow + 0.5 * golden[f"opt.p{step}"]
+        assert_golden(net.w, golden[f"opt.p{step}"])
+        assert_golden(averages[0.9].w, golden[f"opt.ema{step}"])
+        assert_golden(averages[0.5].w, slow)

@@ -1,0 +1,157 @@
+"""The trainer, on the real digits: what it leaves behind, and that a stopped run goes on as if it had not been."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from meanflow import checkpoint
+from meanflow.config import MeanFlowConfig, TrainConfig
+from meanflow.trainer import learning_rate, read_log, train
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Iterator[TrainConfig]:
+    yield TrainConfig(
+        out=tmp_path / "run", model="DiT-XS/4", steps=8, global_batch=16, lr=1e-3, ema_decay=(0.9, 0.5), max_grad_norm=1.0,
+        schedule="cosine", log_every=2, checkpoint_every=2, sample_every=4, keep=3,
+    )  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process, else
+
+
+def weights(folder):
+    return {name: p for kind in ("model", "ema/0.9", "ema/0.5") for name, p in load(folder / kind).items()}
+
+
+def load(folder):
+    from safetensors.torch import load_file
+
+    return {f"{folder.name}.{k}": v for k, v in load_file(folder / "diffusion_pytorch_model.safetensors").items()}
+
+
+def test_run_leaves_checkpoints_log_curve_and_samples(recipe):
+    train(recipe)
+    assert [path.name for path in checkpoint.checkpoints(recipe.out)] == ["step-00000004", "step-00000006", "step-00000008"]
+    lines = read_log(recipe.out / "log.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert all(math.isfinite(line["raw_loss"]) and line["images_per_second"] > 0 for line in lines)
+    # The logged losses are means: a quarter of the samples is r != t.
+    line = lines[-1]
+    assert abs(line["raw_loss"] - 0.25 * line["raw_loss_meanflow"] - 0.75 * line["raw_loss_flow"]) < 1e-3
+    assert sorted(path.name for path in (recipe.out / "samples").iterdir()) == ["step-00000004.png", "step-00000008.png"]
+    assert Image.open(recipe.out / "samples/step-00000008.png").size == (10 * 34 + 2, 8 * 34 + 2)
+    assert Image.open(recipe.out / "loss.png").size[0] > 500
+    assert not list(recipe.out.glob(".*")), "temporary files are left"
+    net, config = checkpoint.load_network(recipe.out / "step-00000008")
+    assert config == recipe.objective and not net.training
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle_of_ours(recipe):
+    train(recipe)
+    folder = recipe.out / "step-00000008"
+    for path in folder.rglob("*"):
+        assert path.is_dir() or path.suffix in (".json", ".safetensors") or path.parent == folder / "state"
+    for path in (folder / "state").glob("*.bin"):
+        torch.load(path, weights_only=True)
+
+
+def test_resumed_run_ends_with_the_weights_and_the_log_of_an_uninterrupted_one(recipe, tmp_path):
+    """Stopped after step 4, with a half-written checkpoint and log lines that will be written again."""
+    train(recipe)
+    straight = weights(recipe.out / "step-00000008")
+    log = [(line["step"], line["raw_loss"]) for line in read_log(recipe.out / "log.jsonl")]
+    for name in ("step-00000006", "step-00000008"):
+        (recipe.out / name).rename(tmp_path / name)
+    (recipe.out / ".step-00000006.tmp").mkdir()
+    with (recipe.out / "log.jsonl").open("a") as file:
+        file.write('{"step": 10, "raw')
+    train(recipe)
+    assert [(line["step"], line["raw_loss"]) for line in read_log(recipe.out / "log.jsonl")] == log
+    for name, value in weights(recipe.out / "step-00000008").items():
+        assert torch.equal(value, straight[name]), name
+
+
+def test_accumulation_trains_the_same_network(recipe, tmp_path):
+    """Up to rounding. A gradient summed for averaged, or an average stepped per micro-batch, fails."""
+    one = replace(recipe, lr=1e-4, schedule="constant")
+    train(one)
+    train(replace(one, accumulation_steps=4, out=tmp_path / "accumulated"))
+    a, b = (weights(out / "step-00000008") for out in (one.out, tmp_path / "accumulated"))
+    start = weights_at_start(replace(one, out=tmp_path / "start"))
+    moved = sum((a[name] - start[name]).square().sum() for name in start).sqrt()
+    apart = sum((a[name] - b[name]).square().sum() for name in a).sqrt()
+    assert apart < 0.02 * moved
+
+
+def weights_at_start(recipe):
+    train(replace(recipe, steps=1, lr=1e-30))
+    return load(recipe.out / "step-00000001" / "model")
+
+
+def test_average_is_over_optimiser_steps(recipe):
+    """After one step at decay d it is d times the start plus 1 - d times the network, with accumulation too."""
+    one = replace(recipe, steps=1, accumulation_steps=2)
+    train(one)
+    folder = one.out / "step-00000001"
+    start = weights_at_start(replace(one, out=one.out / "start"))
+    net, average = load(folder / "model"), load(folder / "ema/0.9")
+    for name, value in start.items():
+        expected = 0.9 * value + 0.1 * net[name]
+        torch.testing.assert_close(average[name.replace("model", "0.9", 1)], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_bf16_run_keeps_float32_weights(recipe):
+    train(replace(recipe, mixed_precision="bf16", steps=2))
+    assert all(value.dtype == torch.float32 for value in weights(recipe.out / "step-00000002").values())
+
+
+def test_finished_run_is_left_alone(recipe):
+    train(recipe)
+    before = {path: path.stat().st_mtime_ns for path in recipe.out.glob("step-*/**/*")}
+    train(recipe)
+    assert {path: path.stat().st_mtime_ns for path in recipe.out.glob("step-*/**/*")} == before
+
+
+def test_folder_of_another_recipe_is_refused_with_the_difference_and_not_touched(recipe):
+    train(replace(recipe, steps=2))
+    before = (recipe.out / "recipe.json").read_text()
+    objective = MeanFlowConfig(norm_p=0.5)
+    with pytest.raises(ValueError, match=r"belongs to another recipe \(objective.norm_p 1.0 there, 0.5 here\)"):
+        train(replace(recipe, steps=2, objective=objective))
+    assert (recipe.out / "recipe.json").read_text() == before
+
+
+def test_unknown_model_is_refused_before_a_folder_is_made(recipe):
+    for changes, message in (({"model": "DiT-XXL/2"}, "model must be one of DiT-XS/2"), ({"global_batch": 4}, "cannot hold")):
+        with pytest.raises(ValueError, match=message):
+            train(replace(recipe, accumulation_steps=2, **changes))
+    assert not recipe.out.exists()
+
+
+def test_trackers_get_the_log(recipe):
+    train(replace(recipe, track=("tensorboard",)))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(recipe.out / recipe.out.name))
+    reader.Reload()
+    logged = {line["step"]: line["raw_loss"] for line in read_log(recipe.out / "log.jsonl")}
+    assert {e.step: e.value for e in reader.Scalars("raw_loss")} == pytest.approx(logged)
+
+
+@pytest.mark.parametrize(
+    "schedule, warmup_steps, expected",
+    [
+        ("constant", 0, [1, 1, 1, 1, 1]),
+        ("linear", 0, [1, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", 0, [(1 + math.cos(math.pi * n / 5)) / 2 for n in range(5)]),
+        ("constant", 3, [0.25, 0.5, 0.75, 1, 1]),
+        ("linear", 3, [0.25, 0.5, 0.75, 1, 0.5]),
+    ],
+)
+def test_learning_rate_starts_full_without_warm_up_and_would_be_0_at_the_end(schedule, warmup_steps, expected):
+    recipe = TrainConfig(steps=5, lr=2.0, schedule=schedule, warmup_steps=warmup_steps)
+    assert [learning_rate(recipe, step, 5) for step in range(5)] == pytest.approx([2 * value for value in expected])

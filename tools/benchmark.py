@@ -1,0 +1,187 @@
+"""What a MeanFlow step costs, as a ratio to a flow-matching step of the same run.
+
+    python tools/benchmark.py step
+    python tools/benchmark.py step --model DiT-B/4 --input-size 32 --batch 64 --dtype bf16 --device cuda --json out.json
+
+FLOPs and bytes are exact counts, time is the median of interleaved repeats. Bytes are those alive for the backward once the
+forward is done, parameters aside.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step, forward and backward, of three objectives: flow matching; the peers' way, torch.func.jvp on the
+    whole batch with graph; and ours."""
+
+    model: str = "custom"
+    """a name in models.MODELS; custom: a DiT of the sizes below"""
+    hidden_size: int = 384
+    depth: int = 6
+    num_heads: int = 6
+    patch_size: int = 2
+    input_size: int = 16
+    """height and width of the latents, with 4 channels"""
+    batch: int = 32
+    ratio: tuple[float, ...] = (0.25, 1.0)
+    """shares of r != t samples"""
+    dtype: Literal["float32", "bf16"] = "float32"
+    """bf16: autocast"""
+    device: str = "cpu"
+    repeats: int = 9
+    json: Path | None = None
+    """also write the numbers here"""
+
+
+def build(options: Step):
+    import torch
+
+    from models import MODELS
+    from models.dit import DiT
+
+    if options.model != "custom" and options.model not in MODELS:
+        raise ValueError(f"model must be custom or one of {', '.join(MODELS)}, got {options.model}")
+    torch.manual_seed(0)
+    if options.model == "custom":
+        sizes = {name: getattr(options, name) for name in ("hidden_size", "depth", "num_heads", "patch_size")}
+        net = DiT(input_size=options.input_size, in_channels=4, **sizes)
+    else:
+        net = MODELS[options.model](input_size=options.input_size, in_channels=4)
+    return net.to(options.device)
+
+
+def steps(options: Step, net) -> dict[str, Callable]:
+    """The forward of each way, by name: functions that return the loss."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from meanflow.objective import MeanFlow, MeanFlowConfig, adaptive_weight
+    from meanflow.time import make_draws, order_slots
+
+    shape, ways = (4, options.input_size, options.input_size), {}
+    x = torch.randn(options.batch, *shape).to(options.device)
+    y = torch.randint(net.config.num_classes, (options.batch,)).to(options.device)
+
+    def draws(config):
+        slots = order_slots(config, range(options.batch), options.batch)
+        return make_draws(config, shape, 0, slots).to(options.device)
+
+    def ours(ratio: float) -> Callable:
+        config = MeanFlowConfig(meanflow_ratio=ratio)
+        objective, fixed = MeanFlow(net, config), draws(config)
+        return lambda: objective(x, y, fixed).loss
+
+    def peers(ratio: float) -> Callable:
+        d = draws(MeanFlowConfig(meanflow_ratio=ratio))
+        t, r = (a.view(-1, 1, 1, 1) for a in (d.t, d.r))
+
+        def loss():
+            v = d.e - x
+            inputs = ((1 - t) * x + t * d.e, d.t, d.r)
+            tangents = (v, torch.ones_like(d.t), torch.zeros_like(d.r))
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+                u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, t - r, y), inputs, tangents)
+            error = (u.float() - (v - (t - r) * du_dt).detach()).square().flatten(1).sum(1)
+            return (adaptive_weight(error, 1.0, 0.01) * error).mean()
+
+        return loss
+
+    ways["flow matching"] = ours(0.0)
+    for ratio in options.ratio:
+        ways[f"torch.func.jvp, whole batch, ratio {ratio:g}"] = peers(ratio)
+        ways[f"ours, ratio {ratio:g}"] = ours(ratio)
+    return ways
+
+
+def count(net, loss: Callable) -> dict[str, int]:
+    """FLOPs of a step, and bytes that its forward leaves for its backward."""
+    from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+    from torch.autograd.graph import saved_tensors_hooks
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    saved = {}  # storages by address; kept alive, so that no address comes twice
+
+    def keep(tensor):
+        inner = tensor
+        while is_functorch_wrapped_tensor(inner):  # torch.func.jvp saves its wrappers
+            inner = get_unwrapped(inner)
+        storage = inner.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            value = loss()
+        size = sum(storage.nbytes() for storage in saved.values())
+        value.backward()
+    net.zero_grad()
+    return {"flops": counter.get_total_flops(), "bytes": size}
+
+
+def step(options: Step) -> list[dict]:
+    """The table's rows: counts, seconds, and each as a ratio to flow matching."""
+    import torch
+    from tqdm import tqdm
+
+    net = build(options)
+
+    def autocast(loss: Callable) -> Callable:
+        def cast():
+            with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.dtype == "bf16"):
+                return loss()
+
+        return cast
+
+    ways = {name: autocast(loss) for name, loss in steps(options, net).items()}
+    rows = {name: count(net, loss) for name, loss in ways.items()}
+    seconds = {name: [] for name in ways}
+    for _ in tqdm(range(options.repeats), desc="repeats"):
+        for name, loss in ways.items():
+            synchronize(options.device)
+            begin = time.perf_counter()
+            loss().backward()
+            synchronize(options.device)
+            seconds[name].append(time.perf_counter() - begin)
+            net.zero_grad()
+    for name, row in rows.items():
+        row["seconds"] = statistics.median(seconds[name])
+    base = rows["flow matching"]
+    return [{"way": name, **row, **{f"{key}_ratio": row[key] / base[key] for key in row}} for name, row in rows.items()]
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def main(options: Step) -> None:
+    rows = step(options)
+    print(f"\n| {'step':42} | GFLOPs | x | MiB kept | x | ms | x |\n|:---|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        print(
+            f"| {row['way']:42} | {row['flops'] / 1e9:.1f} | {row['flops_ratio']:.3f} | {row['bytes'] / 2**20:.0f} "
+            f"| {row['bytes_ratio']:.3f} | {row['seconds'] * 1e3:.0f} | {row['seconds_ratio']:.2f} |"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.extras.subcommand_cli_from_dict({"step": Step}, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
