@@ -1,9 +1,9 @@
 """Checkpoints: folders step-00050000/ that are whole or not there.
 
-    model/      the network: config.json and safetensors, as diffusers' save_pretrained writes them
-    ema/0.9999/ the averaged network, likewise, one folder per decay
-    state/      the optimiser, as Accelerate's save_state writes it
-    recipe.json, step.json
+model/      the network: config.json and safetensors, as diffusers' save_pretrained writes them
+ema/0.9999/ the averaged network, likewise, one folder per decay
+state/      the optimiser, as Accelerate's save_state writes it
+recipe.json, step.json
 """
 
 import json

@@ -78,7 +78,9 @@ class MeanFlowConfig:
         check(weights is None or all(w > 0 for w in weights), "channel_weights", weights, "> 0")
         if self.null_class == "flow":
             limit = f"at most 1 - meanflow_ratio ({1 - self.meanflow_ratio}) with null_class flow"
-            check(self.class_dropout_prob <= 1 - self.meanflow_ratio, "class_dropout_prob", self.class_dropout_prob, limit)
+            check(
+                self.class_dropout_prob <= 1 - self.meanflow_ratio, "class_dropout_prob", self.class_dropout_prob, limit
+            )
 
     @property
     def guided(self) -> bool:
@@ -156,7 +158,7 @@ class TrainConfig:
 
 
 def run(recipe: TrainConfig) -> None:
-    """A recipe's main program: flags first, then torch, then training. Bad input ends it with one line and exit code 1."""
+    """A recipe's main program: flags first, then torch, then training. Bad input ends it with one line and code 1."""
     import tyro
 
     try:

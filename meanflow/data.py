@@ -61,7 +61,9 @@ def load_images(recipe: TrainConfig) -> Images:
     num_classes, per_class = recipe.subset
     rows = [(images.y == label).nonzero()[:per_class, 0] for label in range(num_classes)]
     if any(len(row) < per_class for row in rows):
-        raise ValueError(f"subset must be at most 10 classes of at most {images.y.bincount().min()}, got {recipe.subset}")
+        raise ValueError(
+            f"subset must be at most 10 classes of at most {images.y.bincount().min()}, got {recipe.subset}"
+        )
     rows = torch.cat(rows)
     return Images(images.x[rows], images.y[rows], num_classes)
 

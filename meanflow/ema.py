@@ -10,7 +10,9 @@ class Averages:
     def __init__(self, net: nn.Module, decays: tuple[float, ...]):
         self.nets = {
             # ema-pytorch's own defaults average every 10th step, after the 100th, and keep the online net inside.
-            decay: EMA(net, beta=decay, update_every=1, update_after_step=0, include_online_model=False, use_foreach=True)
+            decay: EMA(
+                net, beta=decay, update_every=1, update_after_step=0, include_online_model=False, use_foreach=True
+            )
             for decay in decays
         }
 

@@ -1,9 +1,9 @@
 """The total derivative that MeanFlow needs, of unmodified networks, at the price of one extra forward.
 
-`torch.func.jvp` of a network costs three forwards: PyTorch's rule for linear layers and convolutions also multiplies the
-primal by a zero tangent of the weight. With gradients it keeps the tangent's activations, too, for a backward that never
-comes. Here each operation runs once as usual, with its graph and its fused kernel, and its tangent is computed beside
-it without a graph.
+`torch.func.jvp` of a network costs three forwards: PyTorch's rule for linear layers and convolutions also multiplies
+the primal by a zero tangent of the weight. With gradients it keeps the tangent's activations, too, for a backward that
+never comes. Here each operation runs once as usual, with its graph and its fused kernel, and its tangent is computed
+beside it without a graph.
 """
 
 from collections.abc import Callable
@@ -95,7 +95,9 @@ def replace(kind: type, fn: Callable, x: Any) -> Any:
 
 def primal(x: Any) -> Any:
     """x with every Dual in it replaced by its primal."""
-    return x.p if type(x) is Dual else replace(Dual, lambda dual: dual.p, x) if isinstance(x, (list, tuple, dict)) else x
+    return (
+        x.p if type(x) is Dual else replace(Dual, lambda dual: dual.p, x) if isinstance(x, (list, tuple, dict)) else x
+    )
 
 
 class SharedPrimal(TorchFunctionMode):

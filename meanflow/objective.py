@@ -19,7 +19,9 @@ def expand(t: Tensor, z: Tensor) -> Tensor:
     return t.view(-1, *[1] * (z.ndim - 1))
 
 
-def average_velocity(net: nn.Module, config: MeanFlowConfig, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
+def average_velocity(
+    net: nn.Module, config: MeanFlowConfig, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None
+) -> Tensor:
     """u(z_t, t, r, y), like z; u(z_t, t, t, y) is the instantaneous velocity.
 
     With prediction "x" the network returns x_hat and u = (z - x_hat) / max(t, t_min), arXiv:2601.22158.
@@ -46,7 +48,7 @@ def mean_velocity_target(
 
 
 def adaptive_weight(squared_error: Tensor, norm_p: float, norm_eps: float) -> Tensor:
-    """w = 1 / (squared error + norm_eps)^norm_p, detached, sec. 4.3. The squared error is summed over a sample, (B,)."""
+    """w = 1 / (squared error + norm_eps)^norm_p, detached, sec. 4.3. The error is summed over a sample, (B,)."""
     return (squared_error.detach() + norm_eps) ** -norm_p
 
 
@@ -78,9 +80,9 @@ class MeanFlow(nn.Module):
             y: classes in [0, num_classes], (B,) int64; None for an unconditional network.
             draws: the noise and times; the first k = round(B * meanflow_ratio) rows are the r != t ones.
         Returns:
-            The metrics, means over the samples that they name: raw_loss, the squared error summed over a sample, without
-            weights; raw_loss_flow and raw_loss_meanflow, of the r = t and the r != t samples; raw_loss_channels, (C,);
-            du_dt, the norm of the total derivative. One over no samples is left out.
+            The metrics, means over the samples that they name: raw_loss, the squared error summed over a sample,
+            without weights; raw_loss_flow and raw_loss_meanflow, of the r = t and the r != t samples;
+            raw_loss_channels, (C,); du_dt, the norm of the total derivative. One over no samples is left out.
         Raises:
             ValueError: a shape or, on the CPU, a class or the order of the rows is wrong.
         """
@@ -108,7 +110,9 @@ class MeanFlow(nn.Module):
             metrics["du_dt"] = du_dt.flatten(1).norm(dim=1).mean()
 
         squared = (u - u_tgt).square()
-        weighted = squared if self.channel_weights is None else squared * self.channel_weights.view(-1, *[1] * (x.ndim - 2))
+        weighted = (
+            squared if self.channel_weights is None else squared * self.channel_weights.view(-1, *[1] * (x.ndim - 2))
+        )
         error = weighted.flatten(1).sum(dim=1)
         loss = (adaptive_weight(error, config.norm_p, config.norm_eps) * error).mean()
 

@@ -16,7 +16,7 @@ def time_grid(num_steps: int) -> list[float]:
 
 
 def sample(u_fn: UFn, e: Tensor, num_steps: int = 1, grid: Sequence[float] | None = None) -> Tensor:
-    """MeanFlow sampling, eq. (12) of arXiv:2505.13447: z_r = z_t - (t - r) u(z_t, t, r); one step is x = e - u(e, 1, 0).
+    """MeanFlow sampling, eq. (12) of arXiv:2505.13447: z_r = z_t - (t - r) u(z_t, t, r). One step: x = e - u(e, 1, 0).
 
     Args:
         u_fn: average velocity with the labels bound; t, r are (B,).

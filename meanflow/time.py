@@ -58,7 +58,7 @@ class Draws:
 def generator(seed: int, index: int, stream: str = "draws") -> torch.Generator:
     """The random numbers of one slot, epoch or image; streams are independent of each other.
 
-    torch keeps 32 bits of a seed, so that of 4e9 slots some share their numbers, at different times and with other data.
+    torch keeps 32 bits of a seed: of 4e9 slots some share their numbers, at different times and with other data.
     """
     digest = hashlib.blake2b(f"{seed} {index} {stream}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
@@ -89,8 +89,8 @@ def order_slots(config: MeanFlowConfig, slots: Sequence[int], global_batch: int)
     interval, k = has_interval(config, slots, global_batch), num_meanflow(config, global_batch)
     if interval.sum() * global_batch != k * len(slots):
         raise ValueError(
-            f"a micro-batch of {len(slots)} cannot hold its exact share of the {k} r != t samples in every {global_batch} "
-            f"(meanflow_ratio {config.meanflow_ratio}): change global_batch or accumulation_steps"
+            f"a micro-batch of {len(slots)} cannot hold its exact share of the {k} r != t samples in every "
+            f"{global_batch} (meanflow_ratio {config.meanflow_ratio}): change global_batch or accumulation_steps"
         )
     slots = torch.tensor(slots)
     return torch.cat([slots[interval], slots[~interval]]).tolist()
@@ -150,7 +150,7 @@ def make_draws(
 
 
 def guided_rows(config: MeanFlowConfig, t: Tensor, drop: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the rows whose velocity guidance changes (t in [t_start, t_end], label kept): r != t ones, r = t ones."""
+    """Indices of the rows that guidance changes, t in [t_start, t_end] and the label kept: r != t ones, r = t ones."""
     inside = (config.t_start <= t) & (t <= config.t_end) & ~drop
     k = num_meanflow(config, len(t))
     return inside[:k].nonzero()[:, 0], k + inside[k:].nonzero()[:, 0]

@@ -97,12 +97,14 @@ def learning_rate(recipe: TrainConfig, step: int, total: int) -> float:
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / (recipe.warmup_steps + 1)
     done = (step - recipe.warmup_steps) / max(1, total - recipe.warmup_steps)
-    return recipe.lr * {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[recipe.schedule]
+    return (
+        recipe.lr * {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[recipe.schedule]
+    )
 
 
 @torch.no_grad()
 def draw_samples(recipe: TrainConfig, images: Images, net: ModelMixin, device: torch.device, step: int) -> None:
-    """Writes samples/step-....png: one-step samples, a column per class; of fixed pairs, what should be their images."""
+    """Writes samples/step-....png: one-step samples, a column per class; of fixed pairs, their images again."""
     columns = min(images.num_classes, 10) or 8
     if recipe.fixed_noise:
         y = images.y[:64]

@@ -40,9 +40,7 @@ class TimestepEmbedder(nn.Module):
         half = num_features // 2
         frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
         self.register_buffer("frequency", frequency, persistent=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         # du_dt sees this path's rounding amplified, and the path costs next to nothing.
@@ -171,7 +169,9 @@ class DiT(ModelMixin, ConfigMixin):
         if z.shape[1:] != self.z_shape:
             raise ValueError(f"z must be (B, {', '.join(map(str, self.z_shape))}), got {tuple(z.shape)}")
         if (y is None) != (self.config.num_classes == 0):
-            raise ValueError(f"num_classes is {self.config.num_classes}, so y must {'' if y is None else 'not '}be given")
+            raise ValueError(
+                f"num_classes is {self.config.num_classes}, so y must {'' if y is None else 'not '}be given"
+            )
         x = self.x_embedder(z).contiguous() + self.pos_embed  # (B, N, D); PatchEmbed leaves it transposed
         c = self.t_embedder(t) + self.h_embedder(h)  # (B, D)
         if y is not None:

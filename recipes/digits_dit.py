@@ -2,8 +2,8 @@
 
     accelerate launch recipes/digits_dit.py
 
-Flow matching, its twin, is the same with --objective.meanflow-ratio 0 --out runs/digits-flow. Every field is a flag. The same
-command resumes from --out.
+Its flow-matching twin is the same with --objective.meanflow-ratio 0 --out runs/digits-flow. Every field is a flag. The
+same command resumes from --out.
 """
 
 from pathlib import Path

@@ -47,7 +47,9 @@ def test_every_image_comes_once_an_epoch_in_another_order_each_time():
     orders = torch.cat([x.flatten() for x, _, _ in make_loader(recipe(objective=MeanFlowConfig(0.0)), images(), 0, 9)])
     first, second = orders[:23].tolist(), orders[23:46].tolist()
     assert sorted(first) == sorted(second) == list(range(23)) and first != second
-    other_seed = torch.cat([x.flatten() for x, _, _ in make_loader(recipe(seed=1, objective=MeanFlowConfig(0.0)), images(), 0, 2)])
+    other_seed = torch.cat(
+        [x.flatten() for x, _, _ in make_loader(recipe(seed=1, objective=MeanFlowConfig(0.0)), images(), 0, 2)]
+    )
     assert other_seed[:23].tolist() != first
 
 
@@ -76,7 +78,10 @@ def test_subset_holds_so_many_images_of_so_many_classes():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: make_loader(recipe(global_batch=15), images(), 0, 1, 0, 2), r"global_batch must be a multiple .*\(2 x 1\), got 15"),
+        (
+            lambda: make_loader(recipe(global_batch=15), images(), 0, 1, 0, 2),
+            r"global_batch must be a multiple .*\(2 x 1\), got 15",
+        ),
         (lambda: make_loader(recipe(accumulation_steps=8), images(), 0, 1), "a micro-batch of 2 cannot hold"),
         (lambda: load_images(recipe(data="cifar")), "data must be digits, got cifar"),
         (lambda: load_images(recipe(subset=(11, 1))), "subset must be at most 10 classes"),

@@ -79,7 +79,9 @@ class Zoo(nn.Module):
         heads = [a.unflatten(-1, (2, 4)).transpose(1, 2) for a in (q, k, v)]
         tokens = tokens + F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2).flatten(2)
         tokens = tokens + F.scaled_dot_product_attention(*heads, is_causal=True, scale=0.3).transpose(1, 2).flatten(2)
-        tokens = tokens + F.scaled_dot_product_attention(heads[0], heads[1].detach(), heads[2]).transpose(1, 2).flatten(2)
+        tokens = tokens + F.scaled_dot_product_attention(heads[0], heads[1].detach(), heads[2]).transpose(1, 2).flatten(
+            2
+        )
         tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
         tokens = tokens + torch.einsum("bnd,bmd->bnm", q, k).softmax(-1) @ v / 8
         tokens = torch.cat([tokens[:, :1] * 2, 1 - tokens[:, 1:]], dim=1)
@@ -94,11 +96,15 @@ def test_any_network_gives_the_derivative_of_torch_func_jvp():
     net = perturbed(Zoo()).double().requires_grad_(False)
     (z, t, _), (v, one, _), _ = dit_inputs()
 
-
     (u, rest), (du, d_rest) = jvp(net, (z, t), (v, one))
     with sdpa_kernel(SDPBackend.MATH):
         (u_twin, rest_twin), (du_twin, d_rest_twin) = torch.func.jvp(net, (z, t), (v, one))
-    for actual, expected in ((u, u_twin), (du, du_twin), (rest["mean"], rest_twin["mean"]), (d_rest["mean"], d_rest_twin["mean"])):
+    for actual, expected in (
+        (u, u_twin),
+        (du, du_twin),
+        (rest["mean"], rest_twin["mean"]),
+        (d_rest["mean"], d_rest_twin["mean"]),
+    ):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -116,7 +122,11 @@ def test_gradients_of_any_network_are_those_of_its_plain_forward():
 def test_dropout_has_one_mask_for_output_and_derivative():
     """With x -> x, output and derivative are the mask times primal and tangent: two masks would show."""
     x, d = torch.ones(1000), torch.full((1000,), 3.0)
-    for drop in (nn.Dropout(0.5), lambda x: F.dropout(x, 0.5), lambda x: F.dropout2d(x.view(1, 1000, 1, 1), 0.5).flatten()):
+    for drop in (
+        nn.Dropout(0.5),
+        lambda x: F.dropout(x, 0.5),
+        lambda x: F.dropout2d(x.view(1, 1000, 1, 1), 0.5).flatten(),
+    ):
         out, tangent = jvp(drop, (x,), (d,))
         assert torch.equal(tangent, 3 * out) and 300 < (out == 0).sum() < 700
 
@@ -127,14 +137,16 @@ def test_constant_output_has_zero_derivative():
 
 
 def test_checkpointed_blocks_give_the_same_gradients():
-    """No tangent touches the graph: else recomputation saves other tensors than the forward did, and PyTorch refuses."""
+    """No tangent touches the graph: else recomputation saves other tensors than the forward, and PyTorch refuses."""
     primals, tangents, y = dit_inputs(torch.float32)
     results = []
     for checkpointed in (False, True):
         net = small_dit()
         if checkpointed:
             for block in net.blocks:
-                block.forward = (lambda forward: lambda *a: torch.utils.checkpoint.checkpoint(forward, *a, use_reentrant=False))(block.forward)
+                block.forward = (
+                    lambda forward: lambda *a: torch.utils.checkpoint.checkpoint(forward, *a, use_reentrant=False)
+                )(block.forward)
         u, du_dt = jvp(lambda z, t, r, net=net: net(z, t, t - r, y), primals, tangents)
         u.square().sum().backward()
         results.append([du_dt, *(p.grad for p in net.parameters())])

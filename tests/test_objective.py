@@ -21,7 +21,9 @@ INTERVAL_FIRST = torch.tensor([0, 2, 3, 5, 1, 4])  # rows 1 and 4 of the officia
 def official(name: str, golden, norm_p: float = 1.0):
     """A loss case as (config, x, y, draws), with its r != t rows first."""
     case = CASES[name]
-    guidance = {} if case["guidance_eq"] == "none" else {key: case[key] for key in ("omega", "kappa", "t_start", "t_end")}
+    guidance = (
+        {} if case["guidance_eq"] == "none" else {key: case[key] for key in ("omega", "kappa", "t_start", "t_end")}
+    )
     config = MeanFlowConfig(meanflow_ratio=4 / 6, norm_p=norm_p, norm_eps=case["norm_eps"], **guidance)
     order = INTERVAL_FIRST
     x, e, t, r = (golden[f"loss.{key}"][order] for key in ("x_nchw", "e_nchw", "t", "r"))
@@ -34,8 +36,8 @@ def test_velocity_target_and_derivative_match_the_official_numbers(name, golden,
     """Labels, guided velocity (before and after the drop), u, du_dt and u_tgt, tensor by tensor."""
     config, x, y, draws = official(name, golden)
     t, r, drop = draws.t, draws.r, draws.drop
-    expected = {key: golden[f"case.{name}.{key}"][INTERVAL_FIRST] for key in
-                ("v_g_pre_nchw", "v_g_nchw", "y_inp", "u_nchw", "du_dt_nchw", "u_tgt_nchw", "raw", "v_loss")}  # fmt: skip
+    keys = ("v_g_pre_nchw", "v_g_nchw", "y_inp", "u_nchw", "du_dt_nchw", "u_tgt_nchw", "raw", "v_loss")
+    expected = {key: golden[f"case.{name}.{key}"][INTERVAL_FIRST] for key in keys}
     z_t, v = golden["loss.z_nchw"][INTERVAL_FIRST], golden["loss.v_nchw"][INTERVAL_FIRST]
     null = torch.full_like(y, 10)
     with torch.no_grad():
@@ -63,7 +65,7 @@ def test_velocity_target_and_derivative_match_the_official_numbers(name, golden,
 @pytest.mark.parametrize("norm_p", [1.0, 0.75, 0.5])
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradients_match_the_official_numbers(name, norm_p, golden, golden_net):
-    """Mean for sum, a squared norm too much, another epsilon, or a gradient through target, weight or guidance fails."""
+    """Mean for sum, a norm squared twice, another epsilon, or a gradient through target, weight or guidance fails."""
     config, x, y, draws = official(name, golden, norm_p)
     out = MeanFlow(golden_net, config)(x, y, draws)
     prefix = f"case.{name}.p{norm_p}."
@@ -84,6 +86,7 @@ def test_loss_and_gradients_match_the_official_numbers(name, norm_p, golden, gol
 
 def naive_loss(net, config: MeanFlowConfig, x, y, draws: Draws):
     """The objective without any cleverness: everything on the whole batch, the derivative by torch.func.jvp."""
+
     def u_fn(z, t, r, y):
         out = net(z, t, t - r, y)
         return out if config.prediction == "u" else (z - out) / torch.clamp(t, min=config.t_min).view(-1, 1, 1, 1)
@@ -114,7 +117,9 @@ GUIDANCE = {
 }
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
 @pytest.mark.parametrize("prediction", ["u", "x"])
 @pytest.mark.parametrize("drop", ["none", "some"])
 @pytest.mark.parametrize("guidance", GUIDANCE)
@@ -154,7 +159,9 @@ def test_guidance_evaluates_only_the_rows_that_need_it():
     t = torch.tensor([0.9, 0.5, 0.1, 0.3, 0.5, 0.7, 0.95, 0.4])
     r = torch.where(torch.arange(8) < 2, 0.05, t)
     drop = torch.tensor([False] * 5 + [True] + [False] * 2)
-    MeanFlow(net, config)(torch.randn(8, 3, 4, 4), torch.zeros(8, dtype=torch.long), Draws(torch.randn(8, 3, 4, 4), t, r, drop))
+    MeanFlow(net, config)(
+        torch.randn(8, 3, 4, 4), torch.zeros(8, dtype=torch.long), Draws(torch.randn(8, 3, 4, 4), t, r, drop)
+    )
     assert sizes == [6, 4 + 1, 2]  # flow matching; null class of rows 1, 3, 4, 7 and class of row 1; r != t rows
 
 
@@ -244,9 +251,7 @@ def test_finite_difference_objective_is_near_the_exact_one():
 
 def test_channel_weights_scale_the_loss_but_not_the_raw_loss():
     net, x, y = small_dit(), torch.randn(4, 3, 4, 4), torch.randint(5, (4,))
-    plain, weighted = (
-        MeanFlowConfig(norm_p=0, channel_weights=weights) for weights in (None, (1.0, 2.0, 0.5))
-    )
+    plain, weighted = (MeanFlowConfig(norm_p=0, channel_weights=weights) for weights in (None, (1.0, 2.0, 0.5)))
     draws = make_draws(plain, (3, 4, 4), seed=0, slots=order_slots(plain, range(4), 4))
     a, b = (MeanFlow(net, config)(x, y, draws) for config in (plain, weighted))
     channels = a.metrics["raw_loss_channels"]

@@ -67,7 +67,13 @@ def test_bad_flags_end_with_a_clear_line_and_an_error_code(flags, message, tmp_p
 
 def test_launched_recipe_trains_resumes_and_refuses_another_recipe(tmp_path):
     """The command of the README, with accelerate launch."""
-    launch = [str(BIN / "accelerate"), "launch", "--config_file", "accelerate_configs/cpu.yaml", "recipes/digits_dit.py"]
+    launch = [
+        str(BIN / "accelerate"),
+        "launch",
+        "--config_file",
+        "accelerate_configs/cpu.yaml",
+        "recipes/digits_dit.py",
+    ]
     flags = ["--out", str(tmp_path / "run"), "--steps", "4", "--checkpoint-every", "2", "--log-every", "2"]
     shown = start(*launch, *flags)
     assert shown.returncode == 0, shown.stderr
@@ -92,7 +98,9 @@ def test_report_says_which_run_is_missing(tmp_path):
 def test_report_compares_two_runs(tmp_path):
     """Two runs that have learnt nothing: the table is complete, the floor known, and noise far from it."""
     for name, ratio in (("mean", "0.5"), ("flow", "0")):
-        shown = python("recipes/digits_dit.py", "--out", str(tmp_path / name), "--steps", "2", "--objective.meanflow-ratio", ratio)
+        shown = python(
+            "recipes/digits_dit.py", "--out", str(tmp_path / name), "--steps", "2", "--objective.meanflow-ratio", ratio
+        )
         assert shown.returncode == 0, shown.stderr
     shown = python("tools/digits_report.py", str(tmp_path / "mean"), "--flow", str(tmp_path / "flow"))
     assert shown.returncode == 0, shown.stderr
@@ -129,7 +137,8 @@ def test_fixed_pairs_are_memorised(name, tmp_path):
     train(recipe)
     last = read_log(recipe.out / "log.jsonl")[-1]
     print(name, {key: value / PIXELS for key, value in last.items() if key.startswith("raw_loss") and key[-1] != "s"})
-    assert last["raw_loss"] / PIXELS < 1e-4
+    if not stated_only:
+        assert last["raw_loss"] / PIXELS < 1e-4
 
     images = load_images(recipe)
     net, config = checkpoint.load_network(checkpoint.checkpoints(recipe.out)[-1])
@@ -144,6 +153,7 @@ def test_fixed_pairs_are_memorised(name, tmp_path):
     with torch.no_grad():
         one_step, ode = rmse(sample(u_fn, e)), rmse(euler(u_fn, e, 50))
     print(f"RMSE: one step {one_step:.4f}, 50 Euler steps {ode:.4f}")
-    assert ode < 0.02
+    limit = 0.1 if stated_only else 0.02  # the images' own deviation is 0.75
+    assert ode < limit
     if config.meanflow_ratio > 0:
-        assert one_step < 0.02
+        assert one_step < limit

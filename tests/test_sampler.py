@@ -48,7 +48,9 @@ def test_cfg_extrapolates_from_the_null_class():
         torch.testing.assert_close(cfg(u_fn, y, 9, scale)(z, t, t), null + scale * (cond - null))
 
 
-@pytest.mark.parametrize("options", [{"num_steps": 0}, {"grid": (1, 1, 0)}, {"grid": (0, 1)}, {"grid": (1.5, 0)}, {"grid": (1,)}])
+@pytest.mark.parametrize(
+    "options", [{"num_steps": 0}, {"grid": (1, 1, 0)}, {"grid": (0, 1)}, {"grid": (1.5, 0)}, {"grid": (1,)}]
+)
 def test_impossible_steps_are_refused(options):
     with pytest.raises(ValueError, match="num_steps must be >= 1|grid must fall"):
         sample(lambda z, t, r: z, torch.ones(1, 1), **options)

@@ -63,7 +63,9 @@ OFFICIAL = {
     "mf_Pmean-0.4_Pstd1.0_prop0.75": MeanFlowConfig(),
     "mf_Pmean-2.0_Pstd2.0_prop0.25": MeanFlowConfig(P_mean=-2.0, P_std=2.0),
     "py_meanflow_v0_paper_script": MeanFlowConfig(P_mean=-2.0, P_std=2.0),
-    "py_meanflow_v1_default_script": MeanFlowConfig(time_sampler="v1", P_mean=-0.6, P_std=1.6, P_mean_r=-4.0, P_std_r=1.6),
+    "py_meanflow_v1_default_script": MeanFlowConfig(
+        time_sampler="v1", P_mean=-0.6, P_std=1.6, P_mean_r=-4.0, P_std_r=1.6
+    ),
 }
 
 
@@ -77,7 +79,10 @@ def test_times_agree_with_the_official_samplers_draws(name):
         compared += [(r, "r_where_different", n), (t, "t_where_different", n), (t - r, "gap_where_different", n)]
     else:
         differ = r < t
-        assert name.endswith("paper_script") or abs(0.75 * differ.double().mean() - (1 - STATS[name]["frac_equal"])) < 0.005
+        assert (
+            name.endswith("paper_script")
+            or abs(0.75 * differ.double().mean() - (1 - STATS[name]["frac_equal"])) < 0.005
+        )
         compared += [(r[differ], "r_where_different", int(N * 0.7))]
     for ours, key, n in compared:
         for p, quantile in STATS[name][key]["quantiles"].items():
@@ -141,7 +146,7 @@ def test_noise_is_standard_normal_and_different_in_every_slot():
 
 @pytest.mark.parametrize("null_class", ["independent", "flow"])
 def test_label_drop_has_its_probability_and_its_coupling(null_class):
-    """Both rules drop a tenth overall, within 4.5 standard errors; "flow" drops no r != t sample, as the official code."""
+    """Both drop a tenth overall, within 4.5 standard errors; "flow" drops no r != t sample, as the official code."""
     config = MeanFlowConfig(null_class=null_class)
     interval = has_interval(config, range(N), N)
     drop = drop_labels(config, torch.rand(N, generator=torch.Generator().manual_seed(0)), interval)

@@ -17,8 +17,8 @@ from meanflow.trainer import learning_rate, read_log, train
 @pytest.fixture
 def recipe(tmp_path) -> Iterator[TrainConfig]:
     yield TrainConfig(
-        out=tmp_path / "run", model="DiT-XS/4", steps=8, global_batch=16, lr=1e-3, ema_decay=(0.9, 0.5), max_grad_norm=1.0,
-        schedule="cosine", log_every=2, checkpoint_every=2, sample_every=4, keep=3,
+        out=tmp_path / "run", model="DiT-XS/4", steps=8, global_batch=16, lr=1e-3, ema_decay=(0.9, 0.5),
+        max_grad_norm=1.0, schedule="cosine", log_every=2, checkpoint_every=2, sample_every=4, keep=3,
     )  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process, else
 
@@ -35,14 +35,21 @@ def load(folder):
 
 def test_run_leaves_checkpoints_log_curve_and_samples(recipe):
     train(recipe)
-    assert [path.name for path in checkpoint.checkpoints(recipe.out)] == ["step-00000004", "step-00000006", "step-00000008"]
+    assert [path.name for path in checkpoint.checkpoints(recipe.out)] == [
+        "step-00000004",
+        "step-00000006",
+        "step-00000008",
+    ]
     lines = read_log(recipe.out / "log.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     assert all(math.isfinite(line["raw_loss"]) and line["images_per_second"] > 0 for line in lines)
     # The logged losses are means: a quarter of the samples is r != t.
     line = lines[-1]
     assert abs(line["raw_loss"] - 0.25 * line["raw_loss_meanflow"] - 0.75 * line["raw_loss_flow"]) < 1e-3
-    assert sorted(path.name for path in (recipe.out / "samples").iterdir()) == ["step-00000004.png", "step-00000008.png"]
+    assert sorted(path.name for path in (recipe.out / "samples").iterdir()) == [
+        "step-00000004.png",
+        "step-00000008.png",
+    ]
     assert Image.open(recipe.out / "samples/step-00000008.png").size == (10 * 34 + 2, 8 * 34 + 2)
     assert Image.open(recipe.out / "loss.png").size[0] > 500
     assert not list(recipe.out.glob(".*")), "temporary files are left"
@@ -126,7 +133,10 @@ def test_folder_of_another_recipe_is_refused_with_the_difference_and_not_touched
 
 
 def test_unknown_model_is_refused_before_a_folder_is_made(recipe):
-    for changes, message in (({"model": "DiT-XXL/2"}, "model must be one of DiT-XS/2"), ({"global_batch": 4}, "cannot hold")):
+    for changes, message in (
+        ({"model": "DiT-XXL/2"}, "model must be one of DiT-XS/2"),
+        ({"global_batch": 4}, "cannot hold"),
+    ):
         with pytest.raises(ValueError, match=message):
             train(replace(recipe, accumulation_steps=2, **changes))
     assert not recipe.out.exists()

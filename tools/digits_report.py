@@ -49,6 +49,11 @@ def report(options: Options) -> None:
         }
 
     e, y = noise(1, range(len(real.y)), real.x.shape[1:]), real.y
+
+    @torch.no_grad()
+    def generate(net, config, solver, num_steps: int) -> torch.Tensor:
+        return solver(lambda z, t, r: average_velocity(net, config, z, t, r, y), e, num_steps)
+
     rows = {"real digits, training to held-out": measure(pixels(real.x), y)}
     rows["real digits, training to held-out"]["accuracy"] = measure(target, held_out.y)["accuracy"]
     for name, folder, settings in (
@@ -57,13 +62,12 @@ def report(options: Options) -> None:
     ):
         if not checkpoints(folder):
             raise FileNotFoundError(f"{folder} has no checkpoint: train it first")
-        net, config = load_network(checkpoints(folder)[-1])
         for solver, num_steps in settings:
-            with torch.no_grad():
-                x = solver(lambda z, t, r: average_velocity(net, config, z, t, r, y), e, num_steps)
-            if (name, num_steps) == ("MeanFlow", 1):
+            x = generate(*load_network(checkpoints(folder)[-1]), solver, num_steps)
+            plural, ode = "s" if num_steps > 1 else "", " (Euler)" if solver is euler else ""
+            rows[f"{name}, {num_steps} step{plural}{ode}"] = measure(pixels(x), y)
+            if folder == options.run and num_steps == 1:
                 picture = x
-            rows[f"{name}, {num_steps} step{'s' * (num_steps > 1)}{' (Euler)' * (solver is euler)}"] = measure(pixels(x), y)
 
     print(f"\n{'':36}{'class accuracy':>16}{'energy distance':>17}{'Frechet distance':>18}")
     for name, row in rows.items():
