@@ -19,8 +19,8 @@ from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.ema import Averages
 from models import MODELS
 
-# What may differ between a run and its resumption, since it changes no number.
-FREE = {"out", "log_every", "sample_every", "checkpoint_every", "keep", "track"}
+# What may differ between a run and its resumption, since it changes no number (accumulation: rounding alone).
+FREE = {"out", "accumulation_steps", "log_every", "sample_every", "checkpoint_every", "keep", "track"}
 
 
 def recipe_fields(recipe: TrainConfig) -> dict:

@@ -132,14 +132,15 @@ class MeanFlow(nn.Module):
         config, k = self.config, len(v) - len(u_flow)
         interval, flow = draws.guided or guided_rows(config, t, draws.drop)
         acting = torch.cat([interval, flow])
-        if not len(acting):
-            return v
         again = acting if has_dropout(self.net) else interval
         again = again if config.kappa else again[:0]
         batch = torch.cat([acting, again])
         labels = torch.cat([torch.full_like(acting, self.net.config.num_classes), y[again]])
+        if not len(batch):  # in vain, but FSDP's ranks have to agree on the number of forwards
+            batch, labels = torch.zeros_like(y[:1]), y[:1]
         with torch.no_grad(), without_dropout(self.net):
-            u_null, u_cond = self.u(z_t[batch], t[batch], t[batch], labels).split([len(acting), len(again)])
+            u = self.u(z_t[batch], t[batch], t[batch], labels)
+        u_null, u_cond = u[: len(acting)], u[len(acting) : len(acting) + len(again)]
         if config.kappa and len(again) < len(acting):
             u_cond = torch.cat([u_cond, u_flow.detach()[flow - k]])
         v_g = guided_velocity(v[acting], u_null, u_cond if config.kappa else 0.0, config.omega, config.kappa)

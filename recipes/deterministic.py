@@ -1,6 +1,6 @@
 """A sanity check: memorise a few fixed (noise, image) pairs. With r != t samples, one step must give the images back.
 
-    accelerate launch recipes/deterministic.py                                # 4 pairs, a quarter of the samples r != t
+    accelerate launch recipes/deterministic.py                              # 4 pairs, a quarter r != t
     accelerate launch recipes/deterministic.py --objective.meanflow-ratio 0 # flow matching
     accelerate launch recipes/deterministic.py --objective.norm-p 0         # without the adaptive weight
     accelerate launch recipes/deterministic.py --subset 4 10                # 4 classes x 10 images

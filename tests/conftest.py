@@ -13,6 +13,11 @@ torch.set_num_threads(1)  # pytest-xdist runs one process per core
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def assert_golden(actual: Tensor, expected: Tensor) -> None:
     """Equal to 1e-5 of the expected tensor's largest entry, in float32."""
     error = (actual.detach() - expected).abs().max()

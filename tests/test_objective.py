@@ -175,6 +175,18 @@ def test_draws_made_for_a_config_hold_the_rows_that_guidance_needs():
     assert torch.equal(MeanFlow(net, config)(x, y, draws).loss, MeanFlow(net, config)(x, y, bare).loss)
 
 
+def test_guidance_that_acts_on_no_row_changes_nothing():
+    """And evaluates the network all the same, since FSDP's ranks must agree on the number of forwards."""
+    config = MeanFlowConfig(omega=1.0, kappa=0.5, t_start=0.99, t_end=1.0)
+    net, sizes = small_dit(), []
+    x, y = torch.randn(4, 3, 4, 4), torch.randint(5, (4,))
+    draws = make_draws(config, (3, 4, 4), seed=0, slots=order_slots(config, range(4), 4))
+    plain = MeanFlow(net, MeanFlowConfig())(x, y, draws)
+    net.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    assert torch.equal(MeanFlow(net, config)(x, y, draws).loss, plain.loss)
+    assert sizes == [3, 1, 1]
+
+
 class DropoutNet(nn.Module):
     def __init__(self):
         super().__init__()
@@ -194,7 +206,7 @@ def test_guidance_of_a_network_with_dropout_is_evaluated_without():
     draws = make_draws(config, (3, 4, 4), seed=0, slots=order_slots(config, range(8), 8))
     MeanFlow(net, config)(torch.randn(8, 3, 4, 4), torch.zeros(8, dtype=torch.long), draws)
     main, guidance, interval = net.masks
-    assert guidance == 0 and 0.4 < main < 0.6 and 0.4 < interval < 0.6
+    assert guidance == 0 and 0.3 < main < 0.7 and 0.3 < interval < 0.7
     assert net.dropout.training
 
 

@@ -116,6 +116,12 @@ def test_bf16_run_keeps_float32_weights(recipe):
     assert all(value.dtype == torch.float32 for value in weights(recipe.out / "step-00000002").values())
 
 
+def test_epochs_are_passes_over_the_data(recipe):
+    """0.02 of 1,347 digits are 27 images, so 2 steps of 16."""
+    train(replace(recipe, steps=None, epochs=0.02))
+    assert checkpoint.checkpoints(recipe.out)[-1].name == "step-00000002"
+
+
 def test_finished_run_is_left_alone(recipe):
     train(recipe)
     before = {path: path.stat().st_mtime_ns for path in recipe.out.glob("step-*/**/*")}
