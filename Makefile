@@ -1,7 +1,7 @@
 PYTHON ?= python3
-LAUNCH = .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml
+LAUNCH = .venv/bin/accelerate launch -q --config_file accelerate_configs/cpu.yaml
 
-.PHONY: demo test lint
+.PHONY: demo test lint .venv
 
 # Trains MeanFlow and its flow-matching twin on handwritten digits, 3 minutes each on 2 cores, and compares them.
 demo: .venv
@@ -16,7 +16,9 @@ lint: .venv
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 
-.venv: setup.cfg constraints.txt
+.venv: .venv/installed
+
+.venv/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q -c constraints.txt -e '.[test]' || { rm -rf .venv; exit 1; }
-	touch .venv
+	.venv/bin/pip install -q -c constraints.txt -e '.[test]'
+	touch $@

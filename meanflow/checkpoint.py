@@ -34,6 +34,12 @@ def flatten(fields: dict, prefix: str = "") -> dict:
     return flat
 
 
+def different(a: dict, b: dict) -> set[str]:
+    """The fields in which two recipes differ, but for those that change no number."""
+    a, b = flatten(a), flatten(b)
+    return {name for name in {*a, *b} - FREE if a.get(name) != b.get(name)}
+
+
 def claim_folder(recipe: TrainConfig) -> None:
     """Marks recipe.out as this recipe's.
 
@@ -43,9 +49,10 @@ def claim_folder(recipe: TrainConfig) -> None:
     path = recipe.out / "recipe.json"
     fields = recipe_fields(recipe)
     if path.exists():
-        old, new = flatten(json.loads(path.read_text())), flatten(fields)
-        names = [name for name in sorted({*old, *new} - FREE) if old.get(name) != new.get(name)]
+        old = json.loads(path.read_text())
+        names = sorted(different(old, fields))
         if names:
+            old, new = flatten(old), flatten(fields)
             diff = ", ".join(f"{name} {old.get(name)} there, {new.get(name)} here" for name in names)
             raise ValueError(f"{recipe.out} belongs to another recipe ({diff}): choose another --out, or remove it")
     recipe.out.mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,7 @@ def save(accelerator: Accelerator, recipe: TrainConfig, step: int, net: ModelMix
     folder = recipe.out / f"step-{step:08d}"
     temporary = recipe.out / f".{folder.name}.tmp"
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_temporary(recipe.out)
         net.save_pretrained(temporary / "model")
         for decay, average in averages.items():
             average.save_pretrained(temporary / "ema" / str(decay))
@@ -88,8 +95,14 @@ def save(accelerator: Accelerator, recipe: TrainConfig, step: int, net: ModelMix
         temporary.rename(folder)
         sync(recipe.out)
         for old in checkpoints(recipe.out)[: -recipe.keep]:
-            shutil.rmtree(old)
+            old.rename(recipe.out / f".{old.name}.tmp")  # a kill amid the removal must not leave half of it in sight
+        remove_temporary(recipe.out)
     return folder
+
+
+def remove_temporary(out: Path) -> None:
+    for path in out.glob(".step-*.tmp"):
+        shutil.rmtree(path)
 
 
 def sync(path: Path) -> None:
@@ -108,6 +121,7 @@ def load(accelerator: Accelerator, recipe: TrainConfig, net: ModelMixin, average
         target.load_state_dict(type(net).from_pretrained(folder / source).state_dict())
     hook = accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     accelerator.load_state(folder / "state")
+    accelerator.step = 0  # the micro-steps of another accumulation
     hook.remove()
     return json.loads((folder / "step.json").read_text())["step"]
 
@@ -116,4 +130,5 @@ def load_network(folder: Path) -> tuple[ModelMixin, MeanFlowConfig]:
     """The averaged network of a checkpoint (its first decay), for sampling, and the objective it was trained by."""
     recipe = json.loads((folder / "recipe.json").read_text())
     net = MODELS[recipe["model"]].func.from_pretrained(folder / "ema" / str(recipe["ema_decay"][0]))
-    return net.eval(), MeanFlowConfig(**recipe["objective"])
+    objective = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe["objective"].items()}
+    return net.eval(), MeanFlowConfig(**objective)

@@ -1,5 +1,6 @@
 """Everything that a run can be told. No torch here: `--help` has to be quick."""
 
+import math
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,11 +12,13 @@ def check(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
-def check_choices(config: object) -> None:
+def check_values(config: object) -> None:
     for f in fields(config):
+        value = getattr(config, f.name)
+        check(not isinstance(value, float) or math.isfinite(value), f.name, value, "finite")
         if get_origin(f.type) is Literal:
             choices = get_args(f.type)
-            check(getattr(config, f.name) in choices, f.name, getattr(config, f.name), f"one of {', '.join(choices)}")
+            check(value in choices, f.name, value, f"one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class MeanFlowConfig:
     def __post_init__(self) -> None:
         for name in ("meanflow_ratio", "t_start", "t_end", "class_dropout_prob"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
-        check_choices(self)
+        check_values(self)
         for name in ("P_std", "norm_eps", "omega"):
             check(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         check(self.P_std_r is None or self.P_std_r > 0, "P_std_r", self.P_std_r, "> 0")
@@ -75,7 +78,7 @@ class MeanFlowConfig:
         check(self.t_start <= self.t_end, "t_start", self.t_start, f"<= t_end, which is {self.t_end}")
         check(0 < self.t_min < 1, "t_min", self.t_min, "in (0, 1)")
         weights = self.channel_weights
-        check(weights is None or all(w > 0 for w in weights), "channel_weights", weights, "> 0")
+        check(weights is None or (weights and min(weights) > 0), "channel_weights", weights, "> 0")
         if self.null_class == "flow":
             limit = f"at most 1 - meanflow_ratio ({1 - self.meanflow_ratio}) with null_class flow"
             check(
@@ -143,7 +146,7 @@ class TrainConfig:
     """trackers that get the log's numbers, too"""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         check((self.steps is None) != (self.epochs is None), "steps", self.steps, "given, or epochs, and not both")
         for name in ("steps", "epochs", "lr", "max_grad_norm"):
             check(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "> 0")
@@ -154,6 +157,8 @@ class TrainConfig:
         for name in ("betas", "ema_decay"):
             values = getattr(self, name)
             check(len(values) > 0 and all(0 <= value < 1 for value in values), name, values, "in [0, 1)")
+        unused = self.objective.guided and self.objective.class_dropout_prob == 0
+        check(not unused, "objective.class_dropout_prob", 0.0, "> 0 with guidance, which reads the null class")
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")
 
 
@@ -161,10 +166,11 @@ def run(recipe: TrainConfig) -> None:
     """A recipe's main program: flags first, then torch, then training. Bad input ends it with one line and code 1."""
     import tyro
 
-    try:
-        recipe = tyro.cli(type(recipe), default=recipe, description=sys.modules["__main__"].__doc__)
-        from meanflow.trainer import train
+    recipe = tyro.cli(type(recipe), default=recipe, description=sys.modules["__main__"].__doc__)
+    from meanflow.trainer import Trainer
 
-        train(recipe)
+    try:
+        trainer = Trainer(recipe)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    trainer.train()

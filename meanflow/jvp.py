@@ -75,7 +75,11 @@ def is_dual(x: Any) -> bool:
 
 # The operations behind forward_ad.unpack_dual and make_dual, whose wrappers cost a small network a fifth of its time.
 def split(x: Tensor) -> Dual:
-    return Dual(*torch._unpack_dual(x, level=0)) if x.is_floating_point() else Dual(x, None)
+    return Dual(*torch._unpack_dual(x, level=0)) if has_derivative(x) else Dual(x, None)
+
+
+def has_derivative(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def join(p: Tensor, d: Tensor | None) -> Tensor:
@@ -105,7 +109,8 @@ class SharedPrimal(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if runs_once(func.__name__) or kwargs.get("inplace") or kwargs.get("dropout_p"):
+        dropout = func is F.scaled_dot_product_attention and (args[4:5] or (kwargs.get("dropout_p"),))[0]
+        if dropout or runs_once(func.__name__) or kwargs.get("inplace"):
             with sdpa_kernel(SDPBackend.MATH) if "attention" in func.__name__ else nullcontext():
                 return func(*args, **kwargs)  # by PyTorch's own forward mode
         duals = []
@@ -117,27 +122,26 @@ class SharedPrimal(TorchFunctionMode):
         args = [unpack(x) if isinstance(x, Tensor) else replace(Tensor, unpack, x) for x in args]
         kwargs = replace(Tensor, unpack, kwargs) if kwargs else kwargs
         out = func(*map(primal, args), **(primal(kwargs) if kwargs else kwargs))
-        if all(x.d is None for x in duals) or not has_tensor(out):
+        outs = out if isinstance(out, (list, tuple)) else [out]
+        if all(x.d is None for x in duals) or not any(has_derivative(x) for x in outs):
             return out
+        # The rules know tensors by their place; by keyword they are rare.
+        rule = forward_mode if any(map(is_dual, kwargs.values())) else RULES.get(func, forward_mode)
         with torch.no_grad():
-            tangent = RULES.get(func, forward_mode)(func, out, *args, **kwargs)
+            tangent = rule(func, out, *args, **kwargs)
         if isinstance(out, Tensor):
             return join(out, tangent)
         return type(out)([join(p, d) for p, d in zip(out, tangent)])
 
 
-def has_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor) or isinstance(x, (list, tuple)) and any(isinstance(item, Tensor) for item in x)
-
-
 ONCE = {"bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softmax", "multi_head_attention_forward"}
-ONCE |= {"__get__", "__set__", "__setitem__", "register_hook"}
+ONCE |= {"batch_norm", "instance_norm", "__get__", "__set__", "__setitem__", "register_hook"}
 ONCE |= {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
 
 
 @cache
 def runs_once(name: str) -> bool:
-    """Whether an operation must not run twice: in place, random, a property or a hook."""
+    """Whether an operation must not run twice: in place, random, with running statistics, a property or a hook."""
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in ONCE or "dropout" in name or name.startswith("rand")
 

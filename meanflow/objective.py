@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from meanflow.config import MeanFlowConfig
 from meanflow.guidance import guided_velocity
@@ -99,7 +98,7 @@ class MeanFlow(nn.Module):
 
         # The r = t rows are plain flow matching; they go first, since guidance reads their u.
         u = self.u(*rows(slice(k, None))) if k < len(x) else v[k:]
-        u_tgt = v_g = self.guide(v, z_t, t, y, u, draws) if config.guided and y is not None else v
+        u_tgt = v_g = self.guide(v, z_t, t, y, u, draws) if config.guided else v
         metrics = {}
         if k:
             *interval, y_k = rows(slice(k))
@@ -138,7 +137,7 @@ class MeanFlow(nn.Module):
         labels = torch.cat([torch.full_like(acting, self.net.config.num_classes), y[again]])
         if not len(batch):  # in vain, but FSDP's ranks have to agree on the number of forwards
             batch, labels = torch.zeros_like(y[:1]), y[:1]
-        with torch.no_grad(), without_dropout(self.net):
+        with torch.no_grad(), evaluation(self.net):
             u = self.u(z_t[batch], t[batch], t[batch], labels)
         u_null, u_cond = u[: len(acting)], u[len(acting) : len(acting) + len(again)]
         if config.kappa and len(again) < len(acting):
@@ -146,9 +145,17 @@ class MeanFlow(nn.Module):
         v_g = guided_velocity(v[acting], u_null, u_cond if config.kappa else 0.0, config.omega, config.kappa)
         return v.index_copy(0, acting, v_g)
 
+    def check_channels(self, channels: int) -> None:
+        weights = self.channel_weights
+        if weights is not None and len(weights) != channels:
+            raise ValueError(f"channel_weights must be {channels} numbers, one a channel, got {len(weights)}")
+
     def check(self, x: Tensor, y: Tensor | None, draws: Draws, k: int) -> None:
         if x.shape != draws.e.shape:
             raise ValueError(f"noise must be {tuple(x.shape)} like the data, got {tuple(draws.e.shape)}")
+        self.check_channels(x.shape[1])
+        if y is None and self.config.guided:
+            raise ValueError("omega and kappa must be 1 and 0 without classes, got guidance")
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"classes must be ({len(x)},) int64, got {tuple(y.shape)} {y.dtype}")
         if self.config.jvp == "finite-difference" and has_dropout(self.net):
@@ -165,14 +172,19 @@ JVP = {"exact": jvp, "finite-difference": finite_difference}
 
 
 def has_dropout(net: nn.Module) -> bool:
-    return any(isinstance(m, _DropoutNd) and m.p > 0 and m.training for m in net.modules())
+    """Whether a layer of net drops something now: torch's Dropout, timm's DropPath and the like."""
+    layers = (layer for layer in net.modules() if layer.training and "drop" in type(layer).__name__.lower())
+    return any((getattr(layer, "p", 0) or getattr(layer, "drop_prob", 0) or 0) > 0 for layer in layers)
 
 
 @contextmanager
-def without_dropout(net: nn.Module) -> Iterator[None]:
-    layers = [m for m in net.modules() if isinstance(m, _DropoutNd) and m.training]
-    for layer in layers:
-        layer.eval()
-    yield
-    for layer in layers:
-        layer.train()
+def evaluation(net: nn.Module) -> Iterator[None]:
+    """Every layer of net in evaluation mode, for a while."""
+    layers = [layer for layer in net.modules() if layer.training]
+    try:
+        for layer in layers:
+            layer.training = False
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True

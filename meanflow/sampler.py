@@ -28,9 +28,9 @@ def sample(u_fn: UFn, e: Tensor, num_steps: int = 1, grid: Sequence[float] | Non
     grid = time_grid(num_steps) if grid is None else list(grid)
     if len(grid) < 2 or not (1 >= grid[0] and grid[-1] >= 0 and all(t > r for t, r in zip(grid, grid[1:]))):
         raise ValueError(f"grid must fall within [0, 1], got {grid}")
-    z = e
+    z, ones = e, torch.ones(e.shape[:1], dtype=torch.promote_types(e.dtype, torch.float32), device=e.device)
     for t, r in zip(grid, grid[1:]):
-        z = z - (t - r) * u_fn(z, z.new_full(z.shape[:1], t), z.new_full(z.shape[:1], r))
+        z = z - (t - r) * u_fn(z, t * ones, r * ones)
     return z
 
 

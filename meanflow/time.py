@@ -49,16 +49,15 @@ class Draws:
             row = int((self.r > self.t).nonzero()[0])
             raise ValueError(f"r must be <= t, got r = {self.r[row]:.4g} > t = {self.t[row]:.4g} in row {row}")
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Draws":
-        e, t, r, drop = (x.to(device, non_blocking=non_blocking) for x in (self.e, self.t, self.r, self.drop))
-        guided = self.guided and tuple(x.to(device, non_blocking=non_blocking) for x in self.guided)
-        return Draws(e, t, r, drop, guided)
+    def to(self, device: torch.device) -> "Draws":
+        e, t, r, drop = (x.to(device) for x in (self.e, self.t, self.r, self.drop))
+        return Draws(e, t, r, drop, self.guided and tuple(x.to(device) for x in self.guided))
 
 
 def generator(seed: int, index: int, stream: str = "draws") -> torch.Generator:
     """The random numbers of one slot, epoch or image; streams are independent of each other.
 
-    torch keeps 32 bits of a seed: of 4e9 slots some share their numbers, at different times and with other data.
+    torch keeps 32 bits of a seed: of 3e8 slots some 7 % share their numbers with another, at another time.
     """
     digest = hashlib.blake2b(f"{seed} {index} {stream}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from diffusers import ModelMixin
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from meanflow import checkpoint
@@ -23,65 +25,79 @@ from meanflow.time import noise
 from models import MODELS
 
 
-def train(recipe: TrainConfig) -> None:
-    """Trains the recipe into recipe.out, from its newest checkpoint if it has one.
+class Trainer:
+    """Trains a recipe into recipe.out, from its newest checkpoint if it has one.
 
     Raises:
-        ValueError: a choice that cannot work, before the first step.
+        ValueError: a choice that cannot work, before the folder is touched.
     """
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=recipe.accumulation_steps,
-        log_with=list(recipe.track) or None,
-        project_dir=recipe.out,
-    )
-    set_seed(recipe.seed)
-    images = load_images(recipe)
-    net = make_net(recipe, images).to(accelerator.device)
-    averages = Averages(net, recipe.ema_decay)
-    optimizer = torch.optim.Adam(net.parameters(), recipe.lr, recipe.betas, fused=True)
-    objective, optimizer = accelerator.prepare(MeanFlow(net, recipe.objective), optimizer)
 
-    total = recipe.steps or math.ceil(recipe.epochs * len(images.x) / recipe.global_batch)
-    place = (accelerator.process_index, accelerator.num_processes)
-    make_loader(recipe, images, 0, total, *place)  # refuses a batch that does not divide, before a folder is made
-    if accelerator.is_main_process:
-        checkpoint.claim_folder(recipe)
-    accelerator.wait_for_everyone()
-    step = checkpoint.load(accelerator, recipe, net, averages)
-    log = Log(accelerator, recipe, step)
-    if step:
-        log.say(f"{recipe.out}: resumes after step {step} of {total}")
-    bar = tqdm(total=total, initial=step, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    def __init__(self, recipe: TrainConfig):
+        missing = [name for name in recipe.track if find_spec(name) is None]
+        if missing:
+            raise ValueError(f"track: {missing[0]} is not installed: pip install 'meanflow[track]'")
+        self.recipe = recipe
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_steps=recipe.accumulation_steps,
+            log_with=list(recipe.track) or None,
+            project_dir=recipe.out,
+        )
+        set_seed(recipe.seed)
+        self.images = load_images(recipe)
+        self.net = make_net(recipe, self.images).to(self.accelerator.device)
+        self.averages = Averages(self.net, recipe.ema_decay)
+        optimizer = torch.optim.Adam(self.net.parameters(), recipe.lr, recipe.betas, fused=True)
+        objective = MeanFlow(self.net, recipe.objective)
+        objective.check_channels(self.images.x.shape[1])
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.total = recipe.steps or math.ceil(recipe.epochs * len(self.images.x) / recipe.global_batch)
+        self.loader(0)  # refuses a global batch that does not divide
+        if self.accelerator.is_main_process:
+            checkpoint.claim_folder(recipe)
+        self.accelerator.wait_for_everyone()
 
-    objective.train()
-    for x, y, draws in make_loader(recipe, images, step, total, *place):
-        with accelerator.accumulate(objective):
-            out = objective(*send_to_device((x, y, draws), accelerator.device, non_blocking=True))
-            accelerator.backward(out.loss)
-            if accelerator.sync_gradients and recipe.max_grad_norm:
-                accelerator.clip_grad_norm_(objective.parameters(), recipe.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step, total)
-            optimizer.step()
-            optimizer.zero_grad()
-        log.add(out.loss, out.metrics)
-        if not accelerator.sync_gradients:
-            continue
-        step += 1
-        averages.update(net)
-        bar.update()
-        if step % recipe.log_every == 0 or step == total:
-            bar.set_postfix(log.write(step, lr=group["lr"]))
-        if step % recipe.checkpoint_every == 0 or step == total:
-            checkpoint.save(accelerator, recipe, step, net, averages)
-        if (step % recipe.sample_every == 0 or step == total) and accelerator.is_main_process:
-            draw_samples(recipe, images, averages[recipe.ema_decay[0]], accelerator.device, step)
-            log.draw()
-    bar.close()
-    log.say(f"{recipe.out}: checkpoints, log.jsonl, loss.png and samples/")
-    accelerator.end_training()
+    def loader(self, start: int) -> DataLoader:
+        place = (self.accelerator.process_index, self.accelerator.num_processes)
+        return make_loader(self.recipe, self.images, start, self.total, *place)
+
+    def train(self) -> None:
+        recipe, accelerator, net, optimizer = self.recipe, self.accelerator, self.net, self.optimizer
+        step = checkpoint.load(accelerator, recipe, net, self.averages)
+        log = Log(accelerator, recipe, step)
+        if step:
+            accelerator.print(f"{recipe.out}: resumes after step {step} of {self.total}")
+        bar = tqdm(total=self.total, initial=step, unit="step", disable=not accelerator.is_main_process)
+
+        self.objective.train()
+        for batch in self.loader(step):
+            with accelerator.accumulate(self.objective):
+                out = self.objective(*send_to_device(batch, accelerator.device))
+                accelerator.backward(out.loss)
+                if accelerator.sync_gradients and recipe.max_grad_norm:
+                    accelerator.clip_grad_norm_(self.objective.parameters(), recipe.max_grad_norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(recipe, step, self.total)
+                optimizer.step()
+                optimizer.zero_grad()
+            log.add(out.loss, out.metrics)
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            self.averages.update(net)
+            bar.update()
+            last = step == self.total
+            if step % recipe.log_every == 0 or last:
+                bar.set_postfix(log.write(step, lr=optimizer.param_groups[0]["lr"]))
+            if step % recipe.checkpoint_every == 0 or last:
+                checkpoint.save(accelerator, recipe, step, net, self.averages)
+            if (step % recipe.sample_every == 0 or last) and accelerator.is_main_process:
+                draw_samples(recipe, self.images, self.averages[recipe.ema_decay[0]], accelerator.device, step)
+                log.draw()
+        bar.close()
+        accelerator.print(f"{recipe.out}: checkpoints, log.jsonl, loss.png and samples/")
+        accelerator.end_training()
 
 
 def make_net(recipe: TrainConfig, images: Images) -> ModelMixin:
@@ -129,9 +145,6 @@ class Log:
         if accelerator.is_main_process and self.path.exists():  # forget what the resumed run will do again
             kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= step]
             checkpoint.write_whole(self.path, "".join(f"{line}\n" for line in kept))
-
-    def say(self, text: str) -> None:
-        self.accelerator.print(text)
 
     def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
         """Notes one micro-batch, without waiting for the device."""

@@ -1,9 +1,9 @@
 """A sanity check: memorise a few fixed (noise, image) pairs. With r != t samples, one step must give the images back.
 
-    accelerate launch recipes/deterministic.py                              # 4 pairs, a quarter r != t
-    accelerate launch recipes/deterministic.py --objective.meanflow-ratio 0 # flow matching
-    accelerate launch recipes/deterministic.py --objective.norm-p 0         # without the adaptive weight
-    accelerate launch recipes/deterministic.py --subset 4 10                # 4 classes x 10 images
+    accelerate launch -q recipes/deterministic.py                              # 4 pairs, a quarter r != t
+    accelerate launch -q recipes/deterministic.py --objective.meanflow-ratio 0 # flow matching
+    accelerate launch -q recipes/deterministic.py --objective.norm-p 0         # without the adaptive weight
+    accelerate launch -q recipes/deterministic.py --subset 4 10                # 4 classes x 10 images
 
 Expected: raw_loss in log.jsonl below 1e-4 per pixel (an image has 64), and samples/ shows the digits 0 to 3.
 """

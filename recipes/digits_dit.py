@@ -1,6 +1,6 @@
 """MeanFlow DiT-XS/2 on scikit-learn's 1,797 handwritten digits (8 x 8), class-conditional: the job of `make demo`.
 
-    accelerate launch recipes/digits_dit.py
+    accelerate launch -q recipes/digits_dit.py
 
 Its flow-matching twin is the same with --objective.meanflow-ratio 0 --out runs/digits-flow. Every field is a flag. The
 same command resumes from --out.

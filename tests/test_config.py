@@ -28,6 +28,9 @@ from meanflow.config import MeanFlowConfig, TrainConfig
         ("jvp", "fast", "one of exact, finite-difference"),
         ("null_class", "all", "one of independent, flow"),
         ("channel_weights", (1.0, -1.0), "> 0"),
+        ("channel_weights", (), "> 0"),
+        ("P_mean", float("nan"), "finite"),
+        ("omega", float("inf"), "finite"),
     ],
 )
 def test_objective_values_out_of_range_are_refused_by_name(field, value, allowed):
@@ -59,6 +62,10 @@ def test_more_dropped_labels_than_flow_samples_are_refused():
         ({"steps": 1, "ema_decay": ()}, r"ema_decay must be in \[0, 1\)"),
         ({"steps": 1, "schedule": "step"}, "schedule must be one of constant, cosine, linear"),
         ({"steps": 1, "subset": (0, 1)}, "subset must be >= 1"),
+        (
+            {"steps": 1, "objective": MeanFlowConfig(omega=2.0, class_dropout_prob=0.0)},
+            "objective.class_dropout_prob must be > 0 with guidance",
+        ),
     ],
 )
 def test_recipe_values_out_of_range_are_refused_by_name(changes, message):

@@ -87,6 +87,9 @@ class Zoo(nn.Module):
         tokens = torch.cat([tokens[:, :1] * 2, 1 - tokens[:, 1:]], dim=1)
         tokens = tokens * torch.where(tokens > 0, tokens, 0.1 * tokens).amax(dim=-1, keepdim=True)
         x = F.gelu(tokens).mT.unflatten(-1, x.shape[2:])
+        x = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * 1j).flatten(-2)
+        x = torch.fft.ifft2(torch.fft.fft2(x) * (1 + 2j)).real + torch.mul(x, other=x.detach())
+        x = F.linear(input=x, weight=torch.eye(x.shape[-1]).to(x)) + x.to(torch.int64)
         x = self.transposed(F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest"))
         return x.to(z.dtype), {"mean": x.mean()}
 
@@ -109,14 +112,15 @@ def test_any_network_gives_the_derivative_of_torch_func_jvp():
 
 
 def test_gradients_of_any_network_are_those_of_its_plain_forward():
+    """All together, since some of them are 0 but for rounding."""
     net = perturbed(Zoo()).double()
     (z, t, _), (v, one, _), _ = dit_inputs()
-    jvp(lambda z, t: net(z, t)[0], (z, t), (v, one))[0].square().sum().backward()
-    gradients = [p.grad.clone() for p in net.parameters()]
-    net.zero_grad()
-    net(z, t)[0].square().sum().backward()
-    for gradient, p in zip(gradients, net.parameters()):
-        torch.testing.assert_close(gradient, p.grad, rtol=1e-9, atol=1e-12)
+    gradients = []
+    for out in (jvp(lambda z, t: net(z, t)[0], (z, t), (v, one))[0], net(z, t)[0]):
+        net.zero_grad()
+        out.square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-12 * gradients[1].norm()
 
 
 def test_dropout_has_one_mask_for_output_and_derivative():
@@ -129,6 +133,27 @@ def test_dropout_has_one_mask_for_output_and_derivative():
     ):
         out, tangent = jvp(drop, (x,), (d,))
         assert torch.equal(tangent, 3 * out) and 300 < (out == 0).sum() < 700
+
+
+def test_attention_dropout_has_one_mask_however_it_is_given():
+    """One key: the output is the value or 0, and where it is 0 the derivative is."""
+    q, v = torch.randn(1, 1, 200, 8), torch.randn(1, 1, 1, 8)
+    for dropped in (
+        lambda v: F.scaled_dot_product_attention(q, q[:, :, :1], v, None, 0.5),
+        lambda v: F.scaled_dot_product_attention(q, q[:, :, :1], v, dropout_p=0.5),
+    ):
+        out, tangent = jvp(dropped, (v,), (3 * v,))
+        torch.testing.assert_close(tangent, 3 * out)
+        assert 40 < (out == 0).all(-1).sum() < 160
+
+
+def test_running_statistics_move_once():
+    norms = [nn.BatchNorm1d(4), nn.BatchNorm1d(4)]
+    x = torch.randn(8, 4)
+    jvp(norms[0], (x,), (x,))
+    norms[1](x)
+    torch.testing.assert_close(norms[0].running_mean, norms[1].running_mean)
+    assert norms[0].num_batches_tracked == 1
 
 
 def test_constant_output_has_zero_derivative():

@@ -342,8 +342,9 @@ def test_one_step_of_the_exact_average_velocity_is_the_flow_and_steps_compose():
 def bad_call(change):
     config = MeanFlowConfig(meanflow_ratio=0.5)
     draws = make_draws(config, (3, 4, 4), seed=0, slots=order_slots(config, range(4), 4))
-    arguments = {"x": torch.randn(4, 3, 4, 4), "y": torch.zeros(4, dtype=torch.long), "draws": draws}
-    MeanFlow(small_dit(), config)(**{**arguments, **change(draws)})
+    arguments = {"x": torch.randn(4, 3, 4, 4), "y": torch.zeros(4, dtype=torch.long), "draws": draws, **change(draws)}
+    config = MeanFlowConfig(meanflow_ratio=0.5, **arguments.pop("config", {}))
+    MeanFlow(small_dit(), config)(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +352,8 @@ def bad_call(change):
     [
         (lambda d: {"y": torch.tensor([0, 1, 6, 2])}, r"classes must be in \[0, 5\], got 0 to 6"),
         (lambda d: {"y": torch.tensor([0, 1, -1, 2])}, r"classes must be in \[0, 5\], got -1 to 2"),
+        (lambda d: {"y": None, "config": {"kappa": 0.5}}, "omega and kappa must be 1 and 0 without classes"),
+        (lambda d: {"config": {"channel_weights": (1.0, 2.0)}}, "channel_weights must be 3 numbers"),
         (lambda d: {"y": torch.zeros(4)}, "int64, got .* torch.float32"),
         (lambda d: {"x": torch.randn(4, 2, 4, 4)}, r"noise must be \(4, 2, 4, 4\) like the data"),
         (lambda d: {"draws": Draws(*(a.flip(0) for a in (d.e, d.t, d.r, d.drop)))}, "got r = t rows first"),

@@ -11,7 +11,11 @@ from PIL import Image
 
 from meanflow import checkpoint
 from meanflow.config import MeanFlowConfig, TrainConfig
-from meanflow.trainer import learning_rate, read_log, train
+from meanflow.trainer import Trainer, learning_rate, read_log
+
+
+def train(recipe: TrainConfig) -> None:
+    Trainer(recipe).train()
 
 
 @pytest.fixture
@@ -82,6 +86,42 @@ def test_resumed_run_ends_with_the_weights_and_the_log_of_an_uninterrupted_one(r
         assert torch.equal(value, straight[name]), name
 
 
+def test_run_resumes_with_another_accumulation(recipe, tmp_path):
+    """Micro-steps are counted anew: else a step would end amid a global batch."""
+    one = replace(recipe, schedule="constant", steps=4, keep=9, checkpoint_every=1)
+    train(one)
+    straight = weights(one.out / "step-00000004")
+    for name in ("step-00000002", "step-00000003", "step-00000004"):
+        (one.out / name).rename(tmp_path / name)
+    train(replace(one, accumulation_steps=4))
+    resumed = weights(one.out / "step-00000004")
+    start = load(one.out / "step-00000001" / "model")
+    moved = sum((straight[name] - start[name]).square().sum() for name in start).sqrt()
+    apart = sum((straight[name] - resumed[name]).square().sum() for name in start).sqrt()
+    assert apart < 0.01 * moved
+
+
+def test_logged_rate_is_the_optimisers_and_follows_the_schedule(recipe):
+    train(replace(recipe, warmup_steps=3, log_every=1))
+    rates = [line["lr"] for line in read_log(recipe.out / "log.jsonl")]
+    assert rates == pytest.approx([learning_rate(replace(recipe, warmup_steps=3), step, 8) for step in range(8)])
+
+
+def test_clipping_bounds_the_first_step(recipe, monkeypatch):
+    """By the gradient that reaches the optimiser: its norm is the bound."""
+    norms = []
+    step = torch.optim.Adam.step
+
+    def spy(optimizer, *arguments, **options):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
+        return step(optimizer, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    train(replace(recipe, steps=2, max_grad_norm=1e-3))
+    assert norms == pytest.approx([1e-3, 1e-3], rel=1e-2)
+
+
 def test_accumulation_trains_the_same_network(recipe, tmp_path):
     """Up to rounding. A gradient summed for averaged, or an average stepped per micro-batch, fails."""
     one = replace(recipe, lr=1e-4, schedule="constant")
@@ -111,9 +151,13 @@ def test_average_is_over_optimiser_steps(recipe):
         torch.testing.assert_close(average[name.replace("model", "0.9", 1)], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_bf16_run_keeps_float32_weights(recipe):
-    train(replace(recipe, mixed_precision="bf16", steps=2))
-    assert all(value.dtype == torch.float32 for value in weights(recipe.out / "step-00000002").values())
+def test_bf16_run_keeps_float32_weights_and_nearly_the_loss(recipe, tmp_path):
+    train(replace(recipe, steps=4))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(replace(recipe, mixed_precision="bf16", steps=4, out=tmp_path / "bf16"))
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "bf16" / "step-00000004").values())
+    exact, rounded = (read_log(out / "log.jsonl")[-1]["raw_loss"] for out in (recipe.out, tmp_path / "bf16"))
+    assert exact != rounded and rounded == pytest.approx(exact, rel=0.02)
 
 
 def test_epochs_are_passes_over_the_data(recipe):
@@ -127,6 +171,14 @@ def test_finished_run_is_left_alone(recipe):
     before = {path: path.stat().st_mtime_ns for path in recipe.out.glob("step-*/**/*")}
     train(recipe)
     assert {path: path.stat().st_mtime_ns for path in recipe.out.glob("step-*/**/*")} == before
+
+
+def test_tracker_that_is_not_installed_is_refused(recipe, monkeypatch):
+    """Accelerate would leave it out without a word."""
+    monkeypatch.setattr("meanflow.trainer.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="track: wandb is not installed: pip install"):
+        train(replace(recipe, track=("wandb",)))
+    assert not recipe.out.exists()
 
 
 def test_folder_of_another_recipe_is_refused_with_the_difference_and_not_touched(recipe):

@@ -51,6 +51,10 @@ def build(options: Step):
 
     if options.model != "custom" and options.model not in MODELS:
         raise ValueError(f"model must be custom or one of {', '.join(MODELS)}, got {options.model}")
+    if not options.ratio:
+        raise ValueError("ratio must be given, got none")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device must be cpu, since no GPU is here, got {options.device}")
     torch.manual_seed(0)
     if options.model == "custom":
         sizes = {name: getattr(options, name) for name in ("hidden_size", "depth", "num_heads", "patch_size")}

@@ -25,13 +25,26 @@ def report(options: Options) -> None:
     import torch
     from sklearn.svm import SVC
 
-    from meanflow.checkpoint import checkpoints, load_network, write_whole
+    from meanflow.checkpoint import checkpoints, different, load_network, write_whole
     from meanflow.data import digits
     from meanflow.evaluate import energy_distance, frechet_distance
     from meanflow.objective import average_velocity
     from meanflow.pictures import save_grid
     from meanflow.sampler import euler, sample
     from meanflow.time import noise
+
+    recipes = []
+    for folder in (options.run, options.flow):
+        if not checkpoints(folder):
+            raise FileNotFoundError(f"{folder} has no checkpoint: train it first")
+        recipes.append(json.loads((checkpoints(folder)[-1] / "recipe.json").read_text()))
+        if checkpoints(folder)[-1].name != f"step-{recipes[-1]['steps']:08d}":
+            raise ValueError(
+                f"{folder} is at {checkpoints(folder)[-1].name} of {recipes[-1]['steps']}: finish it first"
+            )
+    names = different(*recipes) - {"objective.meanflow_ratio"}
+    if names:
+        raise ValueError(f"{options.flow} is no twin of {options.run}: they differ in {', '.join(sorted(names))}")
 
     real, held_out = digits()
 
@@ -60,8 +73,6 @@ def report(options: Options) -> None:
         ("MeanFlow", options.run, ((sample, 1), (sample, 2), (sample, 4), (euler, 50))),
         ("flow matching", options.flow, ((sample, 1), (euler, 50))),
     ):
-        if not checkpoints(folder):
-            raise FileNotFoundError(f"{folder} has no checkpoint: train it first")
         for solver, num_steps in settings:
             x = generate(*load_network(checkpoints(folder)[-1]), solver, num_steps)
             plural, ode = "s" if num_steps > 1 else "", " (Euler)" if solver is euler else ""
