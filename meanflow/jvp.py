@@ -174,6 +174,13 @@ def bilinear(func: Callable, out: Tensor, a: Any, b: Any) -> Tensor:
     return d if is_constant(b) else d.add_(func(primal(a), b.d))
 
 
+def multiply(func: Callable, out: Tensor, a: Any, b: Any) -> Tensor:
+    """As bilinear, in one pass over memory less."""
+    if is_constant(a) or is_constant(b):
+        return bilinear(func, out, a, b)
+    return (a.d * b.p).addcmul_(a.p, b.d)
+
+
 def add(func: Callable, out: Tensor, a: Any, b: Any, **kwargs) -> Tensor:
     if not is_constant(a) and not is_constant(b):
         return func(a.d, b.d, **kwargs)
@@ -227,8 +234,9 @@ def attention(
     q, dq, k_t = q * scale, dq * scale, k.transpose(-1, -2)
     at_least_float32 = torch.promote_types(q.dtype, torch.float32)
     p = torch.softmax(q @ k_t, dim=-1, dtype=at_least_float32)
-    p_ds = (dq @ k_t + q @ dk.transpose(-1, -2)) * p
-    return p_ds.to(v.dtype) @ v + p.to(v.dtype) @ dv - p_ds.sum(dim=-1, keepdim=True) * out
+    p_ds = (dq @ k_t).add_(q @ dk.transpose(-1, -2)) * p
+    d = (p_ds.to(v.dtype) @ v).add_(p.to(v.dtype) @ dv)
+    return d.addcmul_(p_ds.sum(dim=-1, keepdim=True), out, value=-1)
 
 
 RULES: dict[Callable, Callable] = {
@@ -241,7 +249,7 @@ RULES: dict[Callable, Callable] = {
     F.silu: silu,
     F.layer_norm: layer_norm,
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), add),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), bilinear),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), multiply),
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm), bilinear),
     **dict.fromkeys((Tensor.reshape, Tensor.view, Tensor.flatten, Tensor.unflatten, Tensor.unsqueeze), linear_in_first),
     **dict.fromkeys((Tensor.permute, Tensor.transpose, Tensor.unbind, Tensor.chunk, Tensor.to), linear_in_first),

@@ -40,13 +40,15 @@ def small_dit(**changes) -> DiT:
         return perturbed(DiT(**{**settings, "num_classes": 5, **changes}))
 
 
-@pytest.fixture(scope="session")
-def golden() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "meanflow_dit.safetensors")
+@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+def golden(request) -> dict[str, Tensor]:
+    torch.backends.cudnn.allow_tf32 = False  # float32 to its last digits
+    return load_file(GOLDEN / "meanflow_dit.safetensors", device=request.param)
 
 
 @pytest.fixture
 def golden_net(golden: dict[str, Tensor]) -> DiT:
     net = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=4, num_classes=10)
+    net.to(golden["fwd.t"].device)
     net.load_state_dict({name[2:]: value for name, value in golden.items() if name.startswith("w.")})
     return net
