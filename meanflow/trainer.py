@@ -68,7 +68,7 @@ class Trainer:
         log = Log(accelerator, recipe, step)
         if step:
             accelerator.print(f"{recipe.out}: resumes after step {step} of {self.total}")
-        bar = tqdm(total=self.total, initial=step, unit="step", disable=not accelerator.is_main_process)
+        bar = tqdm(total=self.total, initial=step, unit="step", disable=not accelerator.is_main_process, mininterval=1)
 
         self.objective.train()
         for batch in self.loader(step):

@@ -3,7 +3,7 @@
     accelerate launch -q recipes/digits_dit.py
 
 Its flow-matching twin is the same with --objective.meanflow-ratio 0 --out runs/digits-flow. Every field is a flag. The
-same command resumes from --out.
+same command resumes from --out. No paper trains on these digits; ours: README.md, about 3 minutes on 2 CPU cores.
 """
 
 from pathlib import Path
@@ -14,13 +14,23 @@ RECIPE = TrainConfig(
     out=Path("runs/digits"),
     data="digits",
     model="DiT-XS/2",
-    objective=MeanFlowConfig(meanflow_ratio=0.5, norm_p=0.5, class_dropout_prob=0.0),
-    steps=3200,
-    global_batch=64,
-    lr=6e-3,
-    betas=(0.9, 0.95),
+    objective=MeanFlowConfig(
+        meanflow_ratio=0.5,
+        # One step needs u at t = 1, r = 0, where the paper's times for ImageNet hardly ever fall.
+        time_sampler="v1",
+        P_mean=0.0,
+        P_std=1.4,
+        P_mean_r=-2.0,
+        P_std_r=1.4,
+        norm_p=0.5,
+        class_dropout_prob=0.0,
+    ),
+    steps=1300,
+    global_batch=128,
+    lr=8e-3,
+    betas=(0.9, 0.99),
     schedule="cosine",
-    warmup_steps=100,
+    warmup_steps=50,
     ema_decay=(0.99,),
 )
 
