@@ -31,7 +31,7 @@ RECIPE = TrainConfig(
     betas=(0.9, 0.99),
     schedule="cosine",
     warmup_steps=50,
-    ema_decay=(0.99,),
+    ema_decay=(0.95,),
 )
 
 if __name__ == "__main__":
