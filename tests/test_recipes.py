@@ -70,6 +70,7 @@ def test_launched_recipe_trains_resumes_and_refuses_another_recipe(tmp_path):
     launch = [
         str(BIN / "accelerate"),
         "launch",
+        "-q",
         "--config_file",
         "accelerate_configs/cpu.yaml",
         "recipes/digits_dit.py",
