@@ -3,7 +3,7 @@ LAUNCH = .venv/bin/accelerate launch -q --config_file accelerate_configs/cpu.yam
 
 .PHONY: demo test lint .venv
 
-# Trains MeanFlow and its flow-matching twin on handwritten digits, 3 minutes each on 2 cores, and compares them.
+# Trains MeanFlow and its flow-matching twin on handwritten digits, minutes each on 2 cores, and compares them.
 demo: .venv
 	$(LAUNCH) recipes/digits_dit.py --out runs/digits
 	$(LAUNCH) recipes/digits_dit.py --objective.meanflow-ratio 0 --out runs/digits-flow
