@@ -71,7 +71,7 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("step-" + "[0-9]" * 8))
 
 
-def save(accelerator: Accelerator, recipe: TrainConfig, step: int, net: ModelMixin, averages: Averages) -> Path:
+def save(accelerator: Accelerator, recipe: TrainConfig, step: int, net: ModelMixin, averages: Averages) -> None:
     """Saves under a temporary name, renames when all is on the disk, and prunes to recipe.keep."""
     folder = recipe.out / f"step-{step:08d}"
     temporary = recipe.out / f".{folder.name}.tmp"
@@ -97,7 +97,6 @@ def save(accelerator: Accelerator, recipe: TrainConfig, step: int, net: ModelMix
         for old in checkpoints(recipe.out)[: -recipe.keep]:
             old.rename(recipe.out / f".{old.name}.tmp")  # a kill amid the removal must not leave half of it in sight
         remove_temporary(recipe.out)
-    return folder
 
 
 def remove_temporary(out: Path) -> None:

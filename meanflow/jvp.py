@@ -99,9 +99,7 @@ def replace(kind: type, fn: Callable, x: Any) -> Any:
 
 def primal(x: Any) -> Any:
     """x with every Dual in it replaced by its primal."""
-    return (
-        x.p if type(x) is Dual else replace(Dual, lambda dual: dual.p, x) if isinstance(x, (list, tuple, dict)) else x
-    )
+    return replace(Dual, lambda dual: dual.p, x)
 
 
 class SharedPrimal(TorchFunctionMode):
