@@ -3,11 +3,10 @@
 model/      the network: config.json and safetensors, as diffusers' save_pretrained writes them
 ema/0.9999/ the averaged network, likewise, one folder per decay
 state/      the optimiser, as Accelerate's save_state writes it
-recipe.json, step.json
+recipe.json, data.json, step.json: what was trained on what for how long
 """
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +16,12 @@ from diffusers import ModelMixin
 
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.ema import Averages
+from meanflow.files import sync, write_whole
 from models import MODELS
 
 # What may differ between a run and its resumption, since it changes no number (accumulation: rounding alone).
 FREE = {"out", "accumulation_steps", "log_every", "sample_every", "checkpoint_every", "keep", "track"}
+FREE |= {"workers", "verify", "dry_run"}
 
 
 def recipe_fields(recipe: TrainConfig) -> dict:
@@ -59,19 +60,14 @@ def claim_folder(recipe: TrainConfig) -> None:
     write_whole(path, json.dumps(fields, indent=2) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that a reader sees the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def checkpoints(out: Path) -> list[Path]:
     """The run's checkpoints, oldest first, by step."""
     return sorted(out.glob("step-" + "[0-9]" * 8))
 
 
-def save(accelerator: Accelerator, recipe: TrainConfig, step: int, net: ModelMixin, averages: Averages) -> None:
+def save(
+    accelerator: Accelerator, recipe: TrainConfig, facts: dict, step: int, net: ModelMixin, averages: Averages
+) -> None:
     """Saves under a temporary name, renames when all is on the disk, and prunes to recipe.keep."""
     folder = recipe.out / f"step-{step:08d}"
     temporary = recipe.out / f".{folder.name}.tmp"
@@ -81,6 +77,7 @@ def save(accelerator: Accelerator, recipe: TrainConfig, step: int, net: ModelMix
         for decay, average in averages.items():
             average.save_pretrained(temporary / "ema" / str(decay))
         (temporary / "recipe.json").write_text(json.dumps(recipe_fields(recipe), indent=2) + "\n")
+        (temporary / "data.json").write_text(json.dumps(facts, indent=2) + "\n")
         (temporary / "step.json").write_text(json.dumps({"step": step}) + "\n")
     accelerator.wait_for_everyone()
     # The weights are in model/ already: the hook empties the list that Accelerate would write.
@@ -102,13 +99,6 @@ def save(accelerator: Accelerator, recipe: TrainConfig, step: int, net: ModelMix
 def remove_temporary(out: Path) -> None:
     for path in out.glob(".step-*.tmp"):
         shutil.rmtree(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def load(accelerator: Accelerator, recipe: TrainConfig, net: ModelMixin, averages: Averages) -> int:

@@ -1,8 +1,9 @@
 """Everything that a run can be told. No torch here: `--help` has to be quick."""
 
 import math
+import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -102,7 +103,18 @@ class TrainConfig:
     out: Path = Path("runs/run")
     """folder of the checkpoints, logs and pictures; the same command resumes from it"""
     data: str = "digits"
-    """digits: the 8 x 8 handwritten digits of scikit-learn, pixels in [-1, 1]"""
+    """a folder of tools/cache_latents.py; images: a folder with a subfolder per class, a file or folder of parquet or
+    arrow, a Hub id; or digits: the 8 x 8 handwritten digits of scikit-learn"""
+    resolution: int | None = None
+    """height and width of the images, before a VAE; latents must have been made at it"""
+    vae: str | None = None
+    """folder or Hub id of the AutoencoderKL that made the latents, or that images go through each time; none: pixels"""
+    scaling_factor: float | None = None
+    """the VAE's, by which its latents are multiplied; a cache must have noted the same"""
+    normalization: Literal["scale", "channel"] = "scale"
+    """of latents. scale: the VAE's own scaling; channel: mean 0 and deviation 1 of each channel over the cache"""
+    flip: bool = False
+    """mirror each image with probability 1/2 at each visit"""
     subset: tuple[int, int] | None = None
     """train on this many classes and images of each alone"""
     fixed_noise: bool = False
@@ -110,10 +122,10 @@ class TrainConfig:
     model: str = "DiT-B/4"
     """name in models.MODELS"""
     objective: MeanFlowConfig = MeanFlowConfig()
-    steps: int | None = None
-    """optimiser steps; this or epochs"""
     epochs: float | None = None
-    """passes over the data; this or steps"""
+    """passes over the data"""
+    steps: int | None = None
+    """optimiser steps; they go before epochs"""
     global_batch: int = 256
     """images per optimiser step, over all processes and accumulation steps"""
     accumulation_steps: int = 1
@@ -144,15 +156,23 @@ class TrainConfig:
     """checkpoints kept, the newest"""
     track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """trackers that get the log's numbers, too"""
+    workers: int = 0
+    """processes that load data, of each training process; 0: it loads by itself, between steps"""
+    verify: bool = True
+    """compare the latents' checksums before the first step"""
+    dry_run: bool = False
+    """print what the run would be, refuse what cannot work, and stop"""
+    smoke: bool = False
+    """4 steps of a network of 2 blocks, in a folder of their own; instead of latents, random ones"""
 
     def __post_init__(self) -> None:
         check_values(self)
-        check((self.steps is None) != (self.epochs is None), "steps", self.steps, "given, or epochs, and not both")
-        for name in ("steps", "epochs", "lr", "max_grad_norm"):
+        check(self.steps is not None or self.epochs is not None, "steps", self.steps, "given, or epochs")
+        for name in ("steps", "epochs", "lr", "max_grad_norm", "resolution", "scaling_factor"):
             check(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "> 0")
         for name in ("global_batch", "accumulation_steps", "log_every", "sample_every", "checkpoint_every", "keep"):
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        for name in ("warmup_steps", "seed"):
+        for name in ("warmup_steps", "seed", "workers"):
             check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         for name in ("betas", "ema_decay"):
             values = getattr(self, name)
@@ -162,14 +182,34 @@ class TrainConfig:
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")
 
 
+def smoke_test(recipe: TrainConfig) -> TrainConfig:
+    """The recipe's smoke test."""
+    return replace(
+        recipe,
+        out=recipe.out.with_name(f"{recipe.out.name}-smoke"),
+        steps=4,
+        global_batch=16,
+        log_every=1,
+        sample_every=4,
+        checkpoint_every=2,
+    )
+
+
 def run(recipe: TrainConfig) -> None:
     """A recipe's main program: flags first, then torch, then training. Bad input ends it with one line and code 1."""
     import tyro
 
     recipe = tyro.cli(type(recipe), default=recipe, description=sys.modules["__main__"].__doc__)
-    from meanflow.trainer import Trainer
-
+    if recipe.smoke:
+        recipe = smoke_test(recipe)
+        os.environ["HF_HUB_OFFLINE"] = "1"  # a test of this machine, not of the network
     try:
+        if recipe.dry_run:
+            from meanflow.preflight import dry_run
+
+            return dry_run(recipe)
+        from meanflow.trainer import Trainer
+
         trainer = Trainer(recipe)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,19 +1,39 @@
 """Data, and the loader that gives every sample of the run its image and its draws.
 
-A slot is a sample's place in the run: step * global_batch + place in the global batch. Image, noise, times and label
-drop are functions of (seed, slot), so the number of processes and of accumulation steps only changes who works on which
-slots, and a run resumes by starting at another step.
+A slot is a sample's place in the run: step * global_batch + place in the global batch. Image, flip, noise, times and
+label drop are functions of (seed, slot), so the number of processes and of accumulation steps only changes who works on
+which slots, and a run resumes by starting at another step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from meanflow.config import TrainConfig
+from meanflow.images import ImageFiles
+from meanflow.latents import LATENTS, EncodedImages, Latents
 from meanflow.time import Draws, generator, make_draws, noise, order_slots
+
+
+class Data(Protocol):
+    """What a network can be trained on."""
+
+    shape: tuple[int, ...]  # of a sample as the network sees it, (C, *S)
+    num_classes: int  # 0: without classes
+    facts: dict  # what a sampler has to know, as JSON
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Any, Tensor | None]:
+        """x, (B, C, *S) float32 in model units, and y, (B,) int64; a sample's randomness is its generator's."""
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1] to look at, (B, 1 or 3, H, W), from model units."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,23 @@ class Images:
         if self.y is not None and not (0 <= self.y.min() and self.y.max() < self.num_classes):
             raise ValueError(f"classes must be in [0, {self.num_classes}), got {self.y.min()} to {self.y.max()}")
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.x.shape[1:])
+
+    @property
+    def facts(self) -> dict:
+        return {"classes": [str(label) for label in range(self.num_classes)]}
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Tensor, Tensor | None]:
+        return self.x[indices], None if self.y is None else self.y[indices]
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        return x
+
 
 def digits() -> tuple[Images, Images]:
     """scikit-learn's handwritten digits, (1, 8, 8) with 17 grey levels: 1,347 to train on and 450 held out."""
@@ -47,23 +84,34 @@ def digits() -> tuple[Images, Images]:
     )
 
 
-def load_images(recipe: TrainConfig) -> Images:
-    """The recipe's training images.
+def load_data(recipe: TrainConfig) -> Data:
+    """The recipe's training data.
 
     Raises:
-        ValueError: unknown data, or a subset that they do not hold.
+        ValueError: there are none, they are damaged, or they are not what the recipe expects; the message says what.
     """
-    if recipe.data != "digits":
-        raise ValueError(f"data must be digits, got {recipe.data}")
-    images, _ = digits()
-    if recipe.subset is None:
-        return images
-    num_classes, per_class = recipe.subset
+    folder = Path(recipe.data).expanduser()
+    if recipe.data != "digits" and recipe.subset:
+        raise ValueError(f"subset is for digits, got data {recipe.data}")
+    if recipe.data == "digits":
+        for name in ("resolution", "vae", "flip"):
+            if getattr(recipe, name):
+                raise ValueError(f"{name} is not for digits, got {getattr(recipe, name)}: say where the --data are")
+        return subset(digits()[0], recipe.subset) if recipe.subset else digits()[0]
+    if (folder / LATENTS).exists() or (folder / ".progress").exists():
+        return Latents(folder, recipe)
+    if recipe.resolution is None:
+        raise ValueError("resolution must be given for images, got None")
+    images = ImageFiles(recipe.data, recipe.resolution, flip=recipe.flip)
+    return images if recipe.vae is None else EncodedImages(images, recipe)
+
+
+def subset(images: Images, size: tuple[int, int]) -> Images:
+    """The first images of the first classes; size: how many classes, and how many images of each."""
+    num_classes, per_class = size
     rows = [(images.y == label).nonzero()[:per_class, 0] for label in range(num_classes)]
     if any(len(row) < per_class for row in rows):
-        raise ValueError(
-            f"subset must be at most 10 classes of at most {images.y.bincount().min()}, got {recipe.subset}"
-        )
+        raise ValueError(f"subset must be at most 10 classes of at most {images.y.bincount().min()}, got {size}")
     rows = torch.cat(rows)
     return Images(images.x[rows], images.y[rows], num_classes)
 
@@ -107,27 +155,36 @@ class SlotBatches(Sampler):
 class SlotData(Dataset):
     """(x, y, draws) of a list of (image index, slot)."""
 
-    def __init__(self, recipe: TrainConfig, images: Images):
-        self.recipe, self.images = recipe, images
+    def __init__(self, recipe: TrainConfig, data: Data):
+        self.recipe, self.data = recipe, data
 
-    def __getitems__(self, batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None, Draws]:
+    def __getitems__(self, batch: list[tuple[int, int]]) -> tuple[Any, Tensor | None, Draws]:
         indices, slots = map(list, zip(*batch))
-        recipe, images = self.recipe, self.images
-        x = images.x[indices]
-        y = None if images.y is None else images.y[indices]
-        draws = make_draws(recipe.objective, x.shape[1:], recipe.seed, slots, recipe.global_batch)
+        recipe, shape = self.recipe, self.data.shape
+        x, y = self.data.batch(indices, (generator(recipe.seed, slot, "data") for slot in slots))
+        draws = make_draws(recipe.objective, shape, recipe.seed, slots, recipe.global_batch)
         if recipe.fixed_noise:
-            draws.e.copy_(noise(recipe.seed, indices, x.shape[1:]))
+            draws.e.copy_(noise(recipe.seed, indices, shape))
         return x, y, draws
 
 
 def make_loader(
-    recipe: TrainConfig, images: Images, start: int, stop: int, process: int = 0, num_processes: int = 1
+    recipe: TrainConfig, data: Data, start: int, stop: int, process: int = 0, num_processes: int = 1
 ) -> DataLoader:
     """Micro-batches (x, y, draws) of this process for steps start to stop - 1, on the CPU.
 
     Raises:
         ValueError: the global batch does not divide, or a micro-batch cannot hold the exact share of r != t samples.
     """
-    batches = SlotBatches(recipe, len(images.x), start, stop, process, num_processes)
-    return DataLoader(SlotData(recipe, images), batch_sampler=batches, collate_fn=lambda batch: batch)
+    batches = SlotBatches(recipe, len(data), start, stop, process, num_processes)
+    return DataLoader(
+        SlotData(recipe, data),
+        batch_sampler=batches,
+        collate_fn=whole,
+        num_workers=recipe.workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def whole(batch: Any) -> Any:
+    return batch

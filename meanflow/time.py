@@ -5,7 +5,7 @@ will ever see. So they depend neither on the device nor on how many processes sh
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +49,16 @@ class Draws:
             row = int((self.r > self.t).nonzero()[0])
             raise ValueError(f"r must be <= t, got r = {self.r[row]:.4g} > t = {self.t[row]:.4g} in row {row}")
 
-    def to(self, device: torch.device) -> "Draws":
-        e, t, r, drop = (x.to(device) for x in (self.e, self.t, self.r, self.drop))
-        return Draws(e, t, r, drop, self.guided and tuple(x.to(device) for x in self.guided))
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Draws":
+        e, t, r, drop = map(fn, (self.e, self.t, self.r, self.drop))
+        return Draws(e, t, r, drop, self.guided and tuple(map(fn, self.guided)))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Draws":
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Draws":
+        """For the loader: in page-locked memory, from which a GPU copies without waiting."""
+        return self.map(Tensor.pin_memory)
 
 
 def generator(seed: int, index: int, stream: str = "draws") -> torch.Generator:

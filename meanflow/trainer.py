@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,13 +18,15 @@ from tqdm import tqdm
 
 from meanflow import checkpoint
 from meanflow.config import TrainConfig
-from meanflow.data import Images, load_images, make_loader
+from meanflow.data import Data, load_data, make_loader
 from meanflow.ema import Averages
+from meanflow.files import write_whole
+from meanflow.latents import EncodedImages, Latents, verify, write_random
 from meanflow.objective import MeanFlow, average_velocity
 from meanflow.pictures import save_curves, save_grid
+from meanflow.preflight import make_net, preflight, total_steps
 from meanflow.sampler import sample
 from meanflow.time import noise
-from models import MODELS
 
 
 class Trainer:
@@ -45,22 +49,37 @@ class Trainer:
             project_dir=recipe.out,
         )
         set_seed(recipe.seed)
-        self.images = load_images(recipe)
-        self.net = make_net(recipe, self.images).to(self.accelerator.device)
+        if recipe.smoke and recipe.vae:
+            recipe = self.recipe = self.with_random_latents(recipe)
+        self.data = load_data(recipe)
+        self.total = total_steps(recipe, self.data)
+        self.accelerator.print(preflight(recipe, self.data, self.accelerator.num_processes))
+        self.verify_latents()
+        self.net = make_net(recipe, self.data).to(self.accelerator.device)
         self.averages = Averages(self.net, recipe.ema_decay)
         optimizer = torch.optim.Adam(self.net.parameters(), recipe.lr, recipe.betas, fused=True)
-        objective = MeanFlow(self.net, recipe.objective)
-        objective.check_channels(self.images.x.shape[1])
-        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
-        self.total = recipe.steps or math.ceil(recipe.epochs * len(self.images.x) / recipe.global_batch)
-        self.loader(0)  # refuses a global batch that does not divide
+        self.objective, self.optimizer = self.accelerator.prepare(MeanFlow(self.net, recipe.objective), optimizer)
         if self.accelerator.is_main_process:
             checkpoint.claim_folder(recipe)
         self.accelerator.wait_for_everyone()
 
+    def with_random_latents(self, recipe: TrainConfig) -> TrainConfig:
+        """The smoke test's recipe, on 256 random latents of the recipe's shape, in its own folder."""
+        recipe = replace(recipe, data=str(recipe.out / "latents"))
+        if self.accelerator.is_main_process and not (recipe.out / "latents").exists():
+            write_random(recipe.out / "latents", 256, recipe.vae, recipe.scaling_factor, recipe.resolution)
+        self.accelerator.wait_for_everyone()
+        return recipe
+
+    def verify_latents(self) -> None:
+        """Reads the cache's shards once, a share on each process of a machine, so that no damage stops a run later."""
+        if isinstance(self.data, Latents) and self.recipe.verify:
+            share = slice(self.accelerator.local_process_index, None, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            verify(self.data.folder, self.data.shards[share], quiet=not self.accelerator.is_main_process)
+
     def loader(self, start: int) -> DataLoader:
         place = (self.accelerator.process_index, self.accelerator.num_processes)
-        return make_loader(self.recipe, self.images, start, self.total, *place)
+        return make_loader(self.recipe, self.data, start, self.total, *place)
 
     def train(self) -> None:
         recipe, accelerator, net, optimizer = self.recipe, self.accelerator, self.net, self.optimizer
@@ -72,8 +91,11 @@ class Trainer:
 
         self.objective.train()
         for batch in self.loader(step):
+            x, y, draws = send_to_device(batch, accelerator.device, non_blocking=True)
+            if isinstance(self.data, EncodedImages):
+                x = self.data.encode(*x)
             with accelerator.accumulate(self.objective):
-                out = self.objective(*send_to_device(batch, accelerator.device))
+                out = self.objective(x, y, draws)
                 accelerator.backward(out.loss)
                 if accelerator.sync_gradients and recipe.max_grad_norm:
                     accelerator.clip_grad_norm_(self.objective.parameters(), recipe.max_grad_norm)
@@ -91,21 +113,13 @@ class Trainer:
             if step % recipe.log_every == 0 or last:
                 bar.set_postfix(log.write(step, lr=optimizer.param_groups[0]["lr"]))
             if step % recipe.checkpoint_every == 0 or last:
-                checkpoint.save(accelerator, recipe, step, net, self.averages)
+                checkpoint.save(accelerator, recipe, self.data.facts, step, net, self.averages)
             if (step % recipe.sample_every == 0 or last) and accelerator.is_main_process:
-                draw_samples(recipe, self.images, self.averages[recipe.ema_decay[0]], accelerator.device, step)
+                draw_samples(recipe, self.data, self.averages[recipe.ema_decay[0]], accelerator.device, step)
                 log.draw()
         bar.close()
         accelerator.print(f"{recipe.out}: checkpoints, log.jsonl, loss.png and samples/")
         accelerator.end_training()
-
-
-def make_net(recipe: TrainConfig, images: Images) -> ModelMixin:
-    """The recipe's network, for the data's shape and classes."""
-    if recipe.model not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {recipe.model}")
-    channels, *size = images.x.shape[1:]
-    return MODELS[recipe.model](input_size=tuple(size), in_channels=channels, num_classes=images.num_classes)
 
 
 def learning_rate(recipe: TrainConfig, step: int, total: int) -> float:
@@ -119,17 +133,20 @@ def learning_rate(recipe: TrainConfig, step: int, total: int) -> float:
 
 
 @torch.no_grad()
-def draw_samples(recipe: TrainConfig, images: Images, net: ModelMixin, device: torch.device, step: int) -> None:
+def draw_samples(recipe: TrainConfig, data: Data, net: ModelMixin, device: torch.device, step: int) -> None:
     """Writes samples/step-....png: one-step samples, a column per class; of fixed pairs, their images again."""
-    columns = min(images.num_classes, 10) or 8
+    columns = min(data.num_classes, 10) or 8
+    rows = 8 if data.shape[-1] <= 16 else 4
     if recipe.fixed_noise:
-        y = images.y[:64]
+        _, y = data.batch(range(min(64, len(data))), ())
+    elif data.num_classes:
+        y = torch.linspace(0, data.num_classes - 1, columns).long().repeat(rows)
     else:
-        y = torch.arange(columns).repeat(8) if images.num_classes else None
-    e = noise(recipe.seed, range(len(y) if y is not None else 64), images.x.shape[1:]).to(device)
+        y = None
+    e = noise(recipe.seed, range(len(y) if y is not None else columns * rows), data.shape).to(device)
     y = y if y is None else y.to(device)
     x = sample(lambda z, t, r: average_velocity(net, recipe.objective, z, t, r, y), e)
-    save_grid(x, recipe.out / "samples" / f"step-{step:08d}.png", columns)
+    save_grid(data.to_pixels(x), recipe.out / "samples" / f"step-{step:08d}.png", columns)
 
 
 class Log:
@@ -144,7 +161,7 @@ class Log:
             accelerator.init_trackers(recipe.out.name, {name: str(value) for name, value in fields.items()})
         if accelerator.is_main_process and self.path.exists():  # forget what the resumed run will do again
             kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= step]
-            checkpoint.write_whole(self.path, "".join(f"{line}\n" for line in kept))
+            write_whole(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
         """Notes one micro-batch, without waiting for the device."""

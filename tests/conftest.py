@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -38,6 +40,48 @@ def small_dit(**changes) -> DiT:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return perturbed(DiT(**{**settings, "num_classes": 5, **changes}))
+
+
+def save_photos(folder: Path, count: int) -> None:
+    """Real photographs, `count` of each class: crops of scikit-learn's two sample images, of many sizes, as JPEG."""
+    from sklearn.datasets import load_sample_images
+
+    random = np.random.default_rng(0)
+    for name, image in zip(("china", "flower"), load_sample_images().images):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            height, width = random.integers(40, 300, size=2)
+            top, left = random.integers(image.shape[0] - height), random.integers(image.shape[1] - width)
+            crop = image[top : top + height, left : left + width]
+            Image.fromarray(crop).save(folder / name / f"{number:03d}.jpg", quality=95)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    save_photos(folder, 20)
+    return folder
+
+
+def save_vae(folder: Path, seed: int = 0) -> Path:
+    """A small AutoencoderKL of random weights with the shape of Stable Diffusion's: 1/8 of the side, 4 channels."""
+    from diffusers import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        AutoencoderKL(
+            block_out_channels=(8, 8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            norm_num_groups=4,
+            latent_channels=4,
+        ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    return save_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from meanflow.config import MeanFlowConfig, TrainConfig
-from meanflow.data import Images, digits, load_images, make_loader
+from meanflow.data import Images, digits, load_data, make_loader
 
 
 def recipe(**changes) -> TrainConfig:
@@ -71,7 +71,7 @@ def test_digits_are_split_and_scaled_as_published():
 
 
 def test_subset_holds_so_many_images_of_so_many_classes():
-    few = load_images(recipe(subset=(4, 10)))
+    few = load_data(recipe(subset=(4, 10)))
     assert few.y.bincount().tolist() == [10] * 4 and few.num_classes == 4 and len(few.x.unique(dim=0)) == 40
 
 
@@ -83,9 +83,12 @@ def test_subset_holds_so_many_images_of_so_many_classes():
             r"global_batch must be a multiple .*\(2 x 1\), got 15",
         ),
         (lambda: make_loader(recipe(accumulation_steps=8), images(), 0, 1), "a micro-batch of 2 cannot hold"),
-        (lambda: load_images(recipe(data="cifar")), "data must be digits, got cifar"),
-        (lambda: load_images(recipe(subset=(11, 1))), "subset must be at most 10 classes"),
-        (lambda: load_images(recipe(subset=(2, 500))), "subset must be at most 10 classes of at most 131"),
+        (lambda: load_data(recipe(data="./cifar")), "resolution must be given for images"),
+        (lambda: load_data(recipe(data="./cifar", resolution=32)), "./cifar: no such file or folder"),
+        (lambda: load_data(recipe(flip=True)), "flip is not for digits, got True"),
+        (lambda: load_data(recipe(data="./cifar", subset=(2, 2))), "subset is for digits"),
+        (lambda: load_data(recipe(subset=(11, 1))), "subset must be at most 10 classes"),
+        (lambda: load_data(recipe(subset=(2, 500))), "subset must be at most 10 classes of at most 131"),
         (lambda: Images(torch.zeros(2, 1, 1, 1), torch.tensor([0, 3]), 3), r"classes must be in \[0, 3\), got 0 to 3"),
     ],
 )

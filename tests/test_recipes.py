@@ -1,5 +1,6 @@
 """The recipes and tools as a user starts them, and the sanity experiments."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from meanflow import checkpoint
 from meanflow.config import MeanFlowConfig
-from meanflow.data import load_images
+from meanflow.data import load_data
 from meanflow.objective import average_velocity
 from meanflow.sampler import euler, sample
 from meanflow.time import noise
@@ -65,16 +67,12 @@ def test_bad_flags_end_with_a_clear_line_and_an_error_code(flags, message, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+LAUNCH = [str(BIN / "accelerate"), "launch", "-q", "--config_file", "accelerate_configs/cpu.yaml"]
+
+
 def test_launched_recipe_trains_resumes_and_refuses_another_recipe(tmp_path):
     """The command of the README, with accelerate launch."""
-    launch = [
-        str(BIN / "accelerate"),
-        "launch",
-        "-q",
-        "--config_file",
-        "accelerate_configs/cpu.yaml",
-        "recipes/digits_dit.py",
-    ]
+    launch = [*LAUNCH, "recipes/digits_dit.py"]
     flags = ["--out", str(tmp_path / "run"), "--steps", "4", "--checkpoint-every", "2", "--log-every", "2"]
     shown = start(*launch, *flags)
     assert shown.returncode == 0, shown.stderr
@@ -106,8 +104,6 @@ def test_report_compares_two_runs(tmp_path):
         assert shown.returncode == 0, shown.stderr
     shown = python("tools/digits_report.py", str(tmp_path / "mean"), "--flow", str(tmp_path / "flow"))
     assert shown.returncode == 0, shown.stderr
-    import json
-
     rows = json.loads((tmp_path / "mean/metrics.json").read_text())
     assert len(rows) == 7
     real = rows["real digits, training to held-out"]
@@ -115,6 +111,96 @@ def test_report_compares_two_runs(tmp_path):
     assert real["energy_distance"] == pytest.approx(0.108, abs=1e-3)
     assert all(row["energy_distance"] > 10 * real["energy_distance"] for name, row in rows.items() if "step" in name)
     assert (tmp_path / "mean/samples.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("imagenet*.py")))
+def test_smoke_test_trains_the_very_recipe(recipe, tmp_path):
+    """4 steps, by accelerate launch; of one recipe then 2 again, from the checkpoint amid them."""
+    flags = ["--smoke", "--out", str(tmp_path / "run")]
+    shown = start(*LAUNCH, f"recipes/{recipe}", *flags)
+    assert shown.returncode == 0, shown.stderr
+    out = tmp_path / "run-smoke"
+    assert "cut to 2 blocks" in shown.stdout and "4 of 16 with r != t" in shown.stdout
+    assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]
+    assert (out / "samples/step-00000004.png").exists()
+    last = out / "step-00000004"
+    facts = json.loads((last / "data.json").read_text())
+    assert facts["vae"] == "stabilityai/sd-vae-ft-mse" and facts["scaling_factor"] == 0.18215
+    net, config = checkpoint.load_network(last)
+    assert net.config.in_channels == 4 and config.omega > 0
+    if recipe != "imagenet_ditxl.py":
+        return
+    before = (last / "model/diffusion_pytorch_model.safetensors").read_bytes()
+    last.rename(tmp_path / "moved")
+    shown = start(*LAUNCH, f"recipes/{recipe}", *flags)
+    assert shown.returncode == 0 and "resumes after step 2 of 4" in shown.stdout
+    assert (last / "model/diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_photographs_to_latents_to_training_to_decoded_samples(photos, vae, tmp_path):
+    """The README's commands, on real photographs and a small VAE."""
+    latents, run, size = tmp_path / "latents", tmp_path / "run", ["--vae", str(vae), "--resolution", "64"]
+    launch = [*LAUNCH, "tools/cache_latents.py", str(photos), *size, "--out", str(latents), "--workers", "1"]
+    shown = start(*launch)
+    assert shown.returncode == 0, shown.stderr
+    assert "40 latents (4, 8, 8) of 2 classes" in shown.stdout
+    flags = ["--data", str(latents), *size, "--out", str(run), "--model", "DiT-XS/2", "--steps", "50", "--lr", "1e-3"]
+    flags += ["--global-batch", "16", "--sample-every", "50", "--log-every", "10", "--mixed-precision", "no", "--flip"]
+    shown = start(*LAUNCH, "recipes/imagenet_ditb2.py", *flags)
+    assert shown.returncode == 0, shown.stderr
+    losses = [line["raw_loss"] for line in read_log(run / "log.jsonl")]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    picture = Image.open(run / "samples/step-00000050.png")
+    assert picture.size == (2 * 66 + 2, 8 * 66 + 2)  # decoded: 64 pixels a side, not the latents' 8
+    assert "pictures show the latents" not in shown.stderr
+
+
+@pytest.mark.slow
+def test_pixels_and_images_through_the_vae_train_too(photos, vae, tmp_path):
+    """Without a cache: photographs as they are, and encoded at each step."""
+    flags = ["--data", str(photos), "--resolution", "64", "--steps", "2", "--global-batch", "8", "--flip"]
+    for name, more in (
+        ("pixels", ["--model", "DiT-XS/8"]),
+        ("latents", ["--vae", str(vae), "--scaling-factor", "0.18215"]),
+    ):
+        shown = start(*LAUNCH, "recipes/digits_dit.py", *flags, *more, "--out", str(tmp_path / name))
+        assert shown.returncode == 0, shown.stderr
+        width, height = Image.open(tmp_path / name / "samples/step-00000002.png").size
+        assert width == 2 * 66 + 2 and height in (4 * 66 + 2, 8 * 66 + 2)
+
+
+@pytest.mark.slow
+def test_full_size_ditb4_takes_three_steps_here_within_memory(tmp_path):
+    """131 M parameters at the recipe's shape, by the recipe's own file; 8 GiB are enough for a global batch of 16."""
+    make = python("tools/cache_latents.py", "random:64", "--out", str(tmp_path / "latents"))
+    assert make.returncode == 0, make.stderr
+    code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
+    code += "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    flags = [
+        "--data",
+        str(tmp_path / "latents"),
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "3",
+        "--global-batch",
+        "16",
+    ]
+    flags += ["--accumulation-steps", "2", "--log-every", "1", "--workers", "0"]
+    shown = python("-c", code, "recipes/imagenet_ditb4.py", *flags)
+    assert shown.returncode == 0, shown.stderr
+    assert "DiT-B/4: 131,165,248 parameters" in shown.stdout
+    assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2, 3]
+    assert float(shown.stdout.split("peak")[1]) < 8 * 2**30
+
+
+def test_a_recipe_refuses_what_it_does_not_expect_in_one_line(photos, tmp_path):
+    """Latents of another VAE, no data, a damaged image folder: before anything is written."""
+    shown = python("recipes/imagenet_ditxl.py", "--data", "./nowhere", "--out", str(tmp_path / "run"))
+    assert shown.returncode != 0 and "error: ./nowhere: no such file or folder" in shown.stderr
+    assert "Traceback" not in shown.stderr and not (tmp_path / "run").exists()
 
 
 PIXELS = 64
@@ -142,7 +228,7 @@ def test_fixed_pairs_are_memorised(name, tmp_path):
     if not stated_only:
         assert last["raw_loss"] / PIXELS < 1e-4
 
-    images = load_images(recipe)
+    images = load_data(recipe)
     net, config = checkpoint.load_network(checkpoint.checkpoints(recipe.out)[-1])
     e = noise(recipe.seed, range(len(images.x)), (1, 8, 8))
 

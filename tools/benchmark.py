@@ -1,6 +1,7 @@
-"""What a MeanFlow step costs, as a ratio to a flow-matching step of the same run.
+"""What a MeanFlow step costs, as a ratio to a flow-matching step of the same run; and how fast cached latents are read.
 
     python tools/benchmark.py step
+    python tools/benchmark.py data
     python tools/benchmark.py step --model DiT-B/4 --input-size 32 --batch 64 --dtype bf16 --device cuda --json out.json
 
 FLOPs and bytes are exact counts, time is the median of interleaved repeats. Bytes are those alive for the backward once
@@ -39,6 +40,21 @@ class Step:
     """bf16: autocast"""
     device: str = "cpu"
     repeats: int = 9
+    json: Path | None = None
+    """also write the numbers here"""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Reading cached latents of 256 x 256 images, warm, one process: ours, and the usual way, an LMDB with a pickled
+    dictionary per image, put into batches by a DataLoader. It needs lmdb: pip install 'meanflow[test]'."""
+
+    count: int = 20_000
+    """images; each way writes 33 kB for each, to a temporary folder"""
+    batch: int = 256
+    repeats: int = 5
+    folder: Path | None = None
+    """where to write; default: the system's temporary folder"""
     json: Path | None = None
     """also write the numbers here"""
 
@@ -168,20 +184,117 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def main(options: Step) -> None:
-    rows = step(options)
+def data(options: Data) -> list[dict]:
+    """The table's rows: images per second, the median of interleaved passes over all."""
+    import pickle
+    from tempfile import TemporaryDirectory
+
+    import lmdb
+    import torch
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+    from tqdm import tqdm
+
+    from meanflow.config import MeanFlowConfig, TrainConfig
+    from meanflow.data import SlotData
+    from meanflow.latents import Latents, write_random
+    from meanflow.time import order_slots
+
+    if options.count % options.batch:
+        raise ValueError(f"count must be a multiple of batch {options.batch}, got {options.count}")
+    recipe = TrainConfig(vae="random", scaling_factor=0.18215, resolution=256, steps=1, global_batch=options.batch)
+
+    class Ours:
+        """Batches of moments as one gather from the mapped files."""
+
+        def __init__(self, latents):
+            self.latents = latents
+
+        def __getitems__(self, indices):
+            return self.latents.read(indices, [0] * len(indices)), self.latents.labels[indices]
+
+    class Pickles:
+        def __init__(self, environment):
+            self.transaction = environment.begin(buffers=True)
+
+        def __getitem__(self, index):
+            entry = pickle.loads(self.transaction.get(str(index).encode()))
+            return entry["moments"], entry["label"]
+
+    class Steps:
+        """What a training step gets: a posterior draw, noise and times, each from its slot's generator."""
+
+        def __init__(self, latents):
+            self.data = SlotData(recipe, latents)
+
+        def __getitems__(self, indices):
+            slots = order_slots(MeanFlowConfig(), range(len(indices)), len(indices))
+            return self.data.__getitems__(list(zip(indices, slots)))
+
+    with TemporaryDirectory(dir=options.folder) as folder:
+        write_random(Path(folder) / "latents", options.count, "random", 0.18215, 256)
+        latents = Latents(Path(folder) / "latents", recipe)
+        environment = lmdb.open(f"{folder}/lmdb", map_size=2**40)
+        with environment.begin(write=True) as transaction:
+            for index in range(options.count):
+                moments, flipped = (latents.read([index], [flip])[0] for flip in (0, 1))
+                entry = {"moments": moments, "moments_flip": flipped, "label": int(latents.labels[index])}
+                transaction.put(str(index).encode(), pickle.dumps(entry))
+        order, shuffled = SequentialSampler(range(options.count)), RandomSampler(range(options.count))
+
+        def batches(dataset, sampler):
+            sampler = BatchSampler(sampler, options.batch, drop_last=True)
+            return DataLoader(dataset, batch_sampler=sampler, collate_fn=lambda batch: batch)
+
+        ways = {}
+        for name, sampler in (("sequential", order), ("shuffled", shuffled)):
+            ways["LMDB with pickles", name] = DataLoader(Pickles(environment), options.batch, sampler=sampler)
+            ways["ours", name] = batches(Ours(latents), sampler)
+            ways["ours, with posterior draw, noise and times", name] = batches(Steps(latents), sampler)
+        seconds = {way: [] for way in ways}
+        for _ in tqdm(range(options.repeats + 1), desc="repeats"):  # the first pass warms up
+            for way, loader in ways.items():
+                begin = time.perf_counter()
+                for _ in loader:
+                    pass
+                seconds[way].append(time.perf_counter() - begin)
+        same = torch.equal(latents.read([7], [0])[0], Pickles(environment)[7][0])
+        assert same, "the two do not hold the same"
+    rates = {way: options.count / statistics.median(times[1:]) for way, times in seconds.items()}
+    names = dict.fromkeys(name for name, _ in ways)
+    return [{"way": name, **{order: rates[name, order] for order in ("sequential", "shuffled")}} for name in names]
+
+
+def print_data(rows: list[dict]) -> None:
+    print(f"\n| {'images/s':44} | sequential | x | shuffled | x |\n|:---|---:|---:|---:|---:|")
+    for row in rows:
+        cells = " | ".join(
+            f"{row[order]:,.0f} | {row[order] / rows[0][order]:.1f}" for order in ("sequential", "shuffled")
+        )
+        print(f"| {row['way']:44} | {cells} |")
+
+
+def print_step(rows: list[dict]) -> None:
     print(f"\n| {'step':40} | GFLOPs | x | MiB kept | x | ms | x |\n|:---|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         print(
             f"| {row['way']:40} | {row['flops'] / 1e9:.1f} | {row['flops_ratio']:.3f} | {row['bytes'] / 2**20:.0f} "
             f"| {row['bytes_ratio']:.3f} | {row['seconds'] * 1e3:.0f} | {row['seconds_ratio']:.2f} |"
         )
+
+
+def main(options: Step | Data) -> None:
+    if isinstance(options, Data):
+        rows = data(options)
+        print_data(rows)
+    else:
+        rows = step(options)
+        print_step(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.extras.subcommand_cli_from_dict({"step": Step}, description=__doc__))
+        main(tyro.extras.subcommand_cli_from_dict({"step": Step, "data": Data}, description=__doc__))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,128 @@
+"""Image files of any source that datasets reads, cropped as ImageNet's reference statistics assume."""
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+CROP = "ADM centre crop"
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of an image, size x size, RGB, as ADM prepares ImageNet (arXiv:2105.05233).
+
+    Halved by a box filter while the shorter side is at least twice the size, then scaled to it bicubically. The
+    orientation that a camera notes is not applied, as there.
+    """
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def open_source(source: str, split: str):
+    """A datasets.Dataset, its images not yet decoded.
+
+    source: a folder of images (class by subfolder), of parquet or of arrow files, one such file, a folder of
+    save_to_disk, or a Hub id.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(source).expanduser()
+    if not path.exists() and (source.count("/") != 1 or source.startswith((".", "~", "/")) or path.parent.exists()):
+        raise ValueError(f"{source}: no such file or folder, and no Hub id (owner/name)")
+    try:
+        if (path / "state.json").exists():
+            return datasets.load_from_disk(str(path))
+        if path.is_file():
+            return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        return datasets.load_dataset(str(path) if path.exists() else source, split=split)
+    except Exception as error:  # of many kinds: nothing there, no such split, a damaged file
+        raise ValueError(
+            f"{source}: datasets cannot open it: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        ) from None
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be decoded; the message names it."""
+
+
+class ImageFiles:
+    """Images of a source, (3, size, size) in [-1, 1], and their classes, if a column has any.
+
+    The first column of type Image counts, and the first ClassLabel or one called label.
+
+    Raises:
+        ValueError: there is no such source, it is empty, it has no images, or a label is no class.
+    """
+
+    def __init__(self, source: str, size: int, split: str = "train", flip: bool = False):
+        import datasets
+
+        self.source, self.flip, self.shape = source, flip, (3, size, size)
+        rows = open_source(source, split)
+        if not len(rows):
+            raise ValueError(f"{source} is empty")
+        kinds = {name: kind for name, kind in rows.features.items()}
+        image = next((name for name, kind in kinds.items() if isinstance(kind, datasets.Image)), None)
+        if image is None:
+            raise ValueError(f"{source} has no column of images, only {', '.join(kinds)}")
+        label = next((name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), None)
+        label = label or ("label" if "label" in kinds else None)
+        self.files = rows.select_columns(image).cast_column(image, datasets.Image(decode=False)).with_format(None)
+        self.column = image
+        self.classes, self.labels = [], None
+        if label is not None:
+            labels = rows.with_format(None)[label][:]
+            if any(value is None for value in labels):
+                raise ValueError(f"{self.name(labels.index(None))} has no label")
+            self.labels = torch.tensor(labels)
+            kind = kinds[label]
+            names = kind.names if isinstance(kind, datasets.ClassLabel) else range(1 + int(self.labels.max()))
+            self.classes = [str(name) for name in names]
+            wrong = ((self.labels < 0) | (self.labels >= len(self.classes))).nonzero()
+            if len(wrong):
+                row = int(wrong[0])
+                allowed = f"in [0, {len(self.classes)})"
+                raise ValueError(f"{self.name(row)}: its label must be {allowed}, got {self.labels[row]}")
+        self.num_classes = len(self.classes)
+        self.facts = {"source": source, "split": split, "resolution": size, "transform": CROP, "classes": self.classes}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files[index][self.column]["path"] or f"{self.source}, row {index}"
+
+    def pixels(self, index: int) -> Tensor:
+        """One image, (3, size, size) uint8.
+
+        Raises:
+            UnreadableImage: naming it.
+        """
+        file = self.files[index][self.column]
+        try:
+            with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
+                cropped = center_crop(image, self.shape[-1])
+        except Exception as error:  # of many kinds, by each format's decoder
+            raise UnreadableImage(f"{self.name(index)} is no readable image: {error}") from None
+        return torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1)
+
+    def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Tensor, Tensor | None]:
+        """x, (B, 3, size, size) float32 in [-1, 1], and y, (B,) int64; None without classes."""
+        x = torch.stack([self.pixels(index) for index in indices]).float() / 127.5 - 1
+        if self.flip:
+            flips = torch.tensor([bool(torch.rand((), generator=random) < 0.5) for random in randoms])
+            x = torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
+        return x, None if self.labels is None else self.labels[torch.as_tensor(indices)]
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        return x

@@ -1,0 +1,120 @@
+"""What a run will be, in one screen, before it begins; and the refusal of what cannot work."""
+
+import math
+import os
+import shutil
+import sys
+
+import torch
+from diffusers import ModelMixin
+
+from meanflow.checkpoint import checkpoints
+from meanflow.config import MeanFlowConfig, TrainConfig
+from meanflow.data import Data, SlotBatches, load_data
+from meanflow.objective import MeanFlow
+from meanflow.time import num_meanflow
+from models import MODELS
+
+
+def make_net(recipe: TrainConfig, data: Data) -> ModelMixin:
+    """The recipe's network, for the data's shape and classes.
+
+    Raises:
+        ValueError: there is no such network, or it does not take the data's shape.
+    """
+    if recipe.model not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {recipe.model}")
+    channels, *size = data.shape
+    small = {"depth": 2, "hidden_size": 64, "num_heads": 4} if recipe.smoke else {}
+    return MODELS[recipe.model](input_size=tuple(size), in_channels=channels, num_classes=data.num_classes, **small)
+
+
+def total_steps(recipe: TrainConfig, data: Data) -> int:
+    return recipe.steps or math.ceil(recipe.epochs * len(data) / recipe.global_batch)
+
+
+def memory(recipe: TrainConfig, net: ModelMixin) -> dict[str, int]:
+    """Bytes that a process holds between steps, activations aside; all is float32."""
+    weights = sum(p.numel() * 4 for p in net.parameters())
+    return {"weights": weights, "gradients": weights, "Adam": 2 * weights, "averages": weights * len(recipe.ema_decay)}
+
+
+def checkpoint_bytes(recipe: TrainConfig, net: ModelMixin) -> int:
+    return sum(memory(recipe, net).values()) - memory(recipe, net)["gradients"]
+
+
+def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
+    """The screen.
+
+    Raises:
+        ValueError: a choice that cannot work; the message names it.
+    """
+    with torch.device("meta"):
+        net = make_net(recipe, data)
+    objective, G, total = recipe.objective, recipe.global_batch, total_steps(recipe, data)
+    micro_batch = SlotBatches(recipe, len(data), 0, total, 0, num_processes).micro_batch
+    if objective.guided and not data.num_classes:
+        raise ValueError("objective.omega and objective.kappa must be 1 and 0 for data without classes, got guidance")
+    MeanFlow(net, objective).check_channels(data.shape[0])
+
+    done = [int(path.name[5:]) for path in checkpoints(recipe.out)]
+    size, written = checkpoint_bytes(recipe, net), math.ceil(total / recipe.checkpoint_every)
+    parent = next(path for path in (recipe.out, *recipe.out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    at_once = min(recipe.keep + 1, written)  # one is being written while the others stay
+    needed = (at_once - len(done)) * size
+    if needed > free and max(done, default=0) < total:
+        raise ValueError(
+            f"out: {recipe.out} has {gib(free)} free, and {at_once} checkpoints of {gib(size)} need {gib(needed)} "
+            "more: make room, lower --keep, or choose another --out"
+        )
+
+    parts = memory(recipe, net)
+    held = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+    classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
+    made_by = f" by {recipe.vae}" if recipe.vae else ""
+    resumes = f"after step {done[-1]:,}, from {checkpoints(recipe.out)[-1]}" if done else "nothing: from fresh weights"
+    return "\n".join(
+        f"  {name:10}{value}"
+        for name, value in {
+            "network": f"{recipe.model}{', cut to 2 blocks' if recipe.smoke else ''}: {parameters(net):,} parameters",
+            "data": f"{recipe.data}: {len(data):,} x {' x '.join(map(str, data.shape))}{made_by}, {classes}"
+            f"{', mirrored at random' if recipe.flip else ''}",
+            "batch": f"{G} = {micro_batch} x {num_processes} processes x {recipe.accumulation_steps} accumulation "
+            f"steps; {num_meanflow(objective, G)} of {G} with r != t",
+            "length": f"{total:,} steps = {total * G / len(data):,.6g} epochs",
+            "guidance": guidance_in_words(objective),
+            "memory": f"{gib(sum(parts.values()))} a process: {held}; activations come on top",
+            "disk": f"a checkpoint {gib(size)}, at most {at_once} at once; {gib(free)} free in {recipe.out}",
+            "resumes": resumes,
+        }.items()
+    )
+
+
+def parameters(net: ModelMixin) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def guidance_in_words(config: MeanFlowConfig) -> str:
+    """What one step of the trained network does without a CFG scale, in words."""
+    if not config.guided:
+        return "none trained in (omega 1, kappa 0)"
+    scale = config.omega / (1 - config.kappa)
+    return (
+        f"trained in, effective scale {scale:.4g} for t in [{config.t_start:g}, {config.t_end:g}] "
+        f"(omega {config.omega:g}, kappa {config.kappa:g})"
+    )
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def dry_run(recipe: TrainConfig) -> None:
+    """Prints the screen of a run under this launch, without a device."""
+    if recipe.smoke:
+        raise ValueError("smoke runs have no dry run: leave out one of --smoke and --dry-run")
+    screen = preflight(recipe, load_data(recipe), int(os.environ.get("WORLD_SIZE", 1)))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(screen)
+        print("dry run: nothing was trained or written", file=sys.stderr)

@@ -1,0 +1,80 @@
+"""The autoencoder between images and latents: diffusers' AutoencoderKL, never trained here."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """The VAE of a folder or a Hub id, in float32, frozen.
+
+    Raises:
+        ValueError: it is no AutoencoderKL, or cannot be had.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists() or name.startswith(("/", "./", "../", "~")):
+        config = folder / "config.json"
+        if not config.is_file():
+            raise ValueError(f"vae: {name} is no folder of an AutoencoderKL: it has no config.json")
+        try:
+            kind = json.loads(config.read_text()).get("_class_name")
+        except (ValueError, AttributeError):
+            kind = "damaged"
+        if kind != "AutoencoderKL":
+            raise ValueError(f"vae: {name} is no AutoencoderKL: its config.json is of {kind}")
+    try:
+        vae = AutoencoderKL.from_pretrained(str(folder) if folder.exists() else name)
+    except Exception as error:  # of many kinds, by three packages
+        raise ValueError(
+            f"vae: {name} cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        ) from None
+    return vae.float().eval().requires_grad_(False)
+
+
+def fingerprint(vae: AutoencoderKL) -> str:
+    """The SHA-256 of the weights, whatever files or precision hold them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of square images.
+
+    Raises:
+        ValueError: the VAE does not divide the resolution.
+    """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if resolution % factor:
+        raise ValueError(f"resolution must be a multiple of the VAE's {factor}, got {resolution}")
+    return vae.config.latent_channels, resolution // factor, resolution // factor
+
+
+def vae_facts(vae: AutoencoderKL, name: str) -> dict:
+    """What a cache notes of its VAE. The revision is the Hub's commit, None of a folder."""
+    return {
+        "vae": name,
+        "vae_revision": vae.config.get("_commit_hash") if not Path(name).expanduser().exists() else None,
+        "vae_sha256": fingerprint(vae),
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": vae.config.shift_factor,
+    }
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the posterior, each (B, c, H / f, W / f), of pixels (B, C, H, W) in [-1, 1]."""
+    posterior = vae.encode(pixels).latent_dist
+    return posterior.mean, posterior.std
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor, batch_size: int = 8) -> Tensor:
+    """Pixels in [-1, 1], about; latents are the VAE's own, not scaled."""
+    return torch.cat([vae.decode(part).sample for part in latents.split(batch_size)])

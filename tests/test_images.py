@@ -1,0 +1,110 @@
+"""Images from every kind of source; the crop that ImageNet's reference statistics assume."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from meanflow.images import ImageFiles, UnreadableImage, center_crop
+
+
+def test_crop_is_the_middle_square():
+    """A picture whose middle third is white: a crop from a corner, or a squeezed picture, fails."""
+    wide = np.zeros((64, 192, 3), np.uint8)
+    wide[:, 64:128] = 255
+    assert np.asarray(center_crop(Image.fromarray(wide), 64)).min() == 255
+    tall = Image.fromarray(wide.transpose(1, 0, 2).copy())
+    assert np.asarray(center_crop(tall, 64)).min() == 255
+
+
+def test_crop_halves_by_a_box_filter_before_it_scales():
+    """4 x 4 pixels averaged, exactly; by one bicubic step they would weigh their neighbours."""
+    random = np.random.default_rng(0)
+    image = random.integers(0, 64, (32, 32, 3)) * 4  # averages of 4 x 4 round the same in two steps as in one
+    expected = image.reshape(8, 4, 8, 4, 3).mean((1, 3))
+    actual = np.asarray(center_crop(Image.fromarray(image.astype(np.uint8)), 8)).astype(float)
+    assert np.abs(actual - expected).max() <= 1
+
+
+def test_crop_of_a_right_sized_image_is_that_image():
+    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    assert np.array_equal(np.asarray(center_crop(Image.fromarray(image), 48)), image)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_every_mode_becomes_rgb(mode):
+    assert np.asarray(center_crop(Image.new("RGB", (40, 30)).convert(mode), 16)).shape == (16, 16, 3)
+
+
+def test_every_kind_of_source_gives_the_same_images_and_classes(photos, tmp_path):
+    folder = ImageFiles(str(photos), 32)
+    assert len(folder) == 40 and folder.classes == ["china", "flower"] and folder.labels.bincount().tolist() == [20, 20]
+    rows = datasets.load_dataset(str(photos), split="train")
+    rows.to_parquet(tmp_path / "images.parquet")
+    rows.save_to_disk(tmp_path / "disk")
+    (tmp_path / "parquet").mkdir()
+    (tmp_path / "images.parquet").rename(tmp_path / "parquet/images.parquet")
+    arrow = next((tmp_path / "disk").glob("*.arrow"))
+    everything = range(len(folder))
+    x, y = folder.batch(everything, ())
+    assert x.shape == (40, 3, 32, 32) and -1 <= x.min() and x.max() <= 1 and x.min() < -0.9
+    for source in (tmp_path / "parquet/images.parquet", tmp_path / "parquet", tmp_path / "disk", arrow):
+        other = ImageFiles(str(source), 32)
+        x_other, y_other = other.batch(everything, ())
+        assert torch.equal(x, x_other) and torch.equal(y, y_other) and other.classes == folder.classes, source
+
+
+def test_images_are_mirrored_by_their_own_generator(photos):
+    plain, flipped = ImageFiles(str(photos), 16), ImageFiles(str(photos), 16, flip=True)
+    x, _ = plain.batch([0] * 64, ())
+    mirrored, _ = flipped.batch([0] * 64, (torch.Generator().manual_seed(slot) for slot in range(64)))
+    flips = torch.tensor([torch.equal(a, b.flip(-1)) for a, b in zip(x, mirrored)])
+    same = torch.tensor([torch.equal(a, b) for a, b in zip(x, mirrored)])
+    assert torch.equal(flips, ~same) and 16 < flips.sum() < 48  # 32 +- 4 standard deviations
+
+
+def test_flat_folder_has_no_classes(photos, tmp_path):
+    for number, path in enumerate(sorted(photos.rglob("*.jpg"))[:3]):
+        (tmp_path / f"{number}.jpg").write_bytes(path.read_bytes())
+    images = ImageFiles(str(tmp_path), 16)
+    assert images.num_classes == 0 and images.batch([0, 1], ())[1] is None
+
+
+def test_unreadable_image_is_named(photos, tmp_path):
+    source = next(photos.rglob("*.jpg")).read_bytes()
+    for name, content in (("a/cut.jpg", source[:400]), ("b/text.jpg", b"no image")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    images = ImageFiles(str(tmp_path), 16)
+    for index, name in enumerate(("a/cut.jpg", "b/text.jpg")):
+        with pytest.raises(UnreadableImage, match=f"{name} is no readable image"):
+            images.pixels(index)
+
+
+def rows(labels: list, kind=None) -> datasets.Dataset:
+    images = [Image.new("RGB", (20, 20))] * len(labels)
+    kinds = datasets.Features({"image": datasets.Image(), "label": kind or datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=kinds)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: None, "no such file or folder"),
+        (lambda path: path.mkdir(), "datasets cannot open it"),
+        (lambda path: (path.mkdir(), (path / "a.txt").write_text("words")), "has no column of images"),
+        (lambda path: (path.mkdir(), rows([]).to_parquet(path / "a.parquet")), "no data"),
+        (lambda path: rows([0, -1]).save_to_disk(path), r"row 1: its label must be in \[0, 1\), got -1"),
+        (lambda path: rows([0, None]).save_to_disk(path), "row 1 has no label"),
+        (
+            lambda path: rows([0, -1], datasets.ClassLabel(names=["a", "b"])).save_to_disk(path),
+            r"row 1: its label must be in \[0, 2\), got -1",
+        ),
+    ],
+)
+def test_sources_without_images_or_with_labels_that_are_no_class_are_refused(make, message, tmp_path):
+    make(tmp_path / "source")
+    with pytest.raises(ValueError, match=message) as error:
+        ImageFiles(str(tmp_path / "source"), 16)
+    assert str(tmp_path / "source") in str(error.value) and "\n" not in str(error.value)
