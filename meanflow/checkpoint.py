@@ -19,9 +19,11 @@ from meanflow.ema import Averages
 from meanflow.files import sync, write_whole
 from models import MODELS
 
-# What may differ between a run and its resumption, since it changes no number (accumulation: rounding alone).
-FREE = {"out", "accumulation_steps", "log_every", "sample_every", "checkpoint_every", "keep", "track"}
-FREE |= {"workers", "verify", "dry_run"}
+# What may differ between a run and its resumption, since it changes no number (accumulation: rounding alone). Where the
+# data and the VAE lie is free, too: what they are is compared.
+FREE = {"out", "accumulation_steps", "log_every", "sample_every", "checkpoint_every", "keep", "track", "workers"}
+FREE |= {"data", "vae", "verify", "dry_run"}
+PLACES = {"source", "vae", "vae_revision", "meanflow"}
 
 
 def recipe_fields(recipe: TrainConfig) -> dict:
@@ -41,23 +43,33 @@ def different(a: dict, b: dict) -> set[str]:
     return {name for name in {*a, *b} - FREE if a.get(name) != b.get(name)}
 
 
-def claim_folder(recipe: TrainConfig) -> None:
-    """Marks recipe.out as this recipe's.
+def check_folder(recipe: TrainConfig, facts: dict) -> None:
+    """Refuses a folder of another recipe or of other data, naming the fields that differ."""
+    diff = []
+    if (recipe.out / "recipe.json").exists():
+        old, new = json.loads((recipe.out / "recipe.json").read_text()), recipe_fields(recipe)
+        names, old, new = sorted(different(old, new)), flatten(old), flatten(new)
+        diff += [f"{name} {old.get(name)} there, {new.get(name)} here" for name in names]
+    if (recipe.out / "data.json").exists():
+        old, new = json.loads((recipe.out / "data.json").read_text()), json.loads(json.dumps(facts))
+        names = sorted(name for name in {*old, *new} - PLACES if old.get(name) != new.get(name))
+        diff += [f"the data's {name} {short(old.get(name))} there, {short(new.get(name))} here" for name in names]
+    if diff:
+        raise ValueError(
+            f"{recipe.out} belongs to another recipe ({', '.join(diff)}): choose another --out, or remove it"
+        )
 
-    Raises:
-        ValueError: it belongs to another recipe; the message names the fields that differ.
-    """
-    path = recipe.out / "recipe.json"
-    fields = recipe_fields(recipe)
-    if path.exists():
-        old = json.loads(path.read_text())
-        names = sorted(different(old, fields))
-        if names:
-            old, new = flatten(old), flatten(fields)
-            diff = ", ".join(f"{name} {old.get(name)} there, {new.get(name)} here" for name in names)
-            raise ValueError(f"{recipe.out} belongs to another recipe ({diff}): choose another --out, or remove it")
+
+def short(value: object) -> str:
+    return text if len(text := str(value)) <= 40 else f"{text[:40]}..."
+
+
+def claim_folder(recipe: TrainConfig, facts: dict) -> None:
+    """Marks recipe.out as this recipe's, on these data."""
+    check_folder(recipe, facts)
     recipe.out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(fields, indent=2) + "\n")
+    write_whole(recipe.out / "recipe.json", json.dumps(recipe_fields(recipe), indent=2) + "\n")
+    write_whole(recipe.out / "data.json", json.dumps(facts, indent=2) + "\n")
 
 
 def checkpoints(out: Path) -> list[Path]:

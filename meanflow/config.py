@@ -180,15 +180,17 @@ class TrainConfig:
         unused = self.objective.guided and self.objective.class_dropout_prob == 0
         check(not unused, "objective.class_dropout_prob", 0.0, "> 0 with guidance, which reads the null class")
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")
+        unscaled = self.vae is not None and None in (self.scaling_factor, self.resolution)
+        check(not unscaled, "scaling_factor and resolution", None, f"given with a vae, {self.vae}")
 
 
 def smoke_test(recipe: TrainConfig) -> TrainConfig:
-    """The recipe's smoke test."""
+    """The recipe's smoke test, on any number of processes."""
     return replace(
         recipe,
         out=recipe.out.with_name(f"{recipe.out.name}-smoke"),
         steps=4,
-        global_batch=16,
+        global_batch=max(16, 4 * int(os.environ.get("WORLD_SIZE", 1)) * recipe.accumulation_steps),
         log_every=1,
         sample_every=4,
         checkpoint_every=2,
@@ -199,7 +201,10 @@ def run(recipe: TrainConfig) -> None:
     """A recipe's main program: flags first, then torch, then training. Bad input ends it with one line and code 1."""
     import tyro
 
+    written = recipe
     recipe = tyro.cli(type(recipe), default=recipe, description=sys.modules["__main__"].__doc__)
+    if recipe.epochs != written.epochs and recipe.steps == written.steps:
+        recipe = replace(recipe, steps=None)  # the flag goes before what is written
     if recipe.smoke:
         recipe = smoke_test(recipe)
         os.environ["HF_HUB_OFFLINE"] = "1"  # a test of this machine, not of the network
@@ -213,4 +218,9 @@ def run(recipe: TrainConfig) -> None:
         trainer = Trainer(recipe)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    trainer.train()
+    from meanflow.images import UnreadableImage
+
+    try:
+        trainer.train()
+    except UnreadableImage as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # a loading process puts a traceback before it

@@ -5,6 +5,7 @@ label drop are functions of (seed, slot), so the number of processes and of accu
 which slots, and a run resumes by starting at another step.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Images:
 
     @property
     def facts(self) -> dict:
-        return {"classes": [str(label) for label in range(self.num_classes)]}
+        return {"count": len(self), "classes": [str(label) for label in range(self.num_classes)]}
 
     def __len__(self) -> int:
         return len(self.x)
@@ -102,6 +103,8 @@ def load_data(recipe: TrainConfig) -> Data:
         return Latents(folder, recipe)
     if recipe.resolution is None:
         raise ValueError("resolution must be given for images, got None")
+    if recipe.vae and recipe.data.startswith(".") and not folder.exists():
+        raise ValueError(f"{recipe.data}: no such folder: say where with --data; tools/cache_latents.py makes latents")
     images = ImageFiles(recipe.data, recipe.resolution, flip=recipe.flip)
     return images if recipe.vae is None else EncodedImages(images, recipe)
 
@@ -182,6 +185,7 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=whole,
         num_workers=recipe.workers,
+        multiprocessing_context="fork" if recipe.workers and sys.platform == "linux" else None,  # which copies no data
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -8,7 +8,9 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a small file so that a reader sees the old text or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
+    sync(temporary)
     temporary.replace(path)
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -30,8 +30,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def open_source(source: str, split: str):
     """A datasets.Dataset, its images not yet decoded.
 
-    source: a folder of images (class by subfolder), of parquet or of arrow files, one such file, a folder of
-    save_to_disk, or a Hub id.
+    Args:
+        source: a folder of images (class by subfolder), of parquet or of arrow files, one such file, a folder of
+            save_to_disk, or a Hub id.
+        split: of a Hub id or a folder that has it; a subfolder of this name counts if it has subfolders or tables.
     """
     import datasets
 
@@ -40,15 +42,25 @@ def open_source(source: str, split: str):
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "~", "/")) or path.parent.exists()):
         raise ValueError(f"{source}: no such file or folder, and no Hub id (owner/name)")
     try:
+        if (path / "dataset_dict.json").exists():
+            return datasets.load_from_disk(str(path))[split]
+        if (path / "dataset_dict.json").exists():
+            return datasets.load_from_disk(str(path))[split]
         if (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
         if path.is_file():
             return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
-        return datasets.load_dataset(str(path) if path.exists() else source, split=split)
+        if path.is_dir():
+            inside = list((path / split).iterdir()) if (path / split).is_dir() else []
+            if any(entry.is_dir() or entry.suffix in (".parquet", ".arrow") for entry in inside):
+                path = path / split
+            # All its files: datasets by itself takes a class such as bullet_train for a split.
+            return datasets.load_dataset(str(path), data_files={"train": "**"}, split="train")
+        return datasets.load_dataset(source, split=split)
     except Exception as error:  # of many kinds: nothing there, no such split, a damaged file
-        raise ValueError(
-            f"{source}: datasets cannot open it: {(str(error).strip() or repr(error)).splitlines()[0]}"
-        ) from None
+        error = error.__cause__ or error
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{source}: datasets cannot open it: {reason}") from None
 
 
 class UnreadableImage(ValueError):
@@ -84,6 +96,8 @@ class ImageFiles:
             labels = rows.with_format(None)[label][:]
             if any(value is None for value in labels):
                 raise ValueError(f"{self.name(labels.index(None))} has no label")
+            if not all(isinstance(value, int) for value in labels):
+                raise ValueError(f"{source}: column {label} must hold classes as integers, got {kinds[label]}")
             self.labels = torch.tensor(labels)
             kind = kinds[label]
             names = kind.names if isinstance(kind, datasets.ClassLabel) else range(1 + int(self.labels.max()))
@@ -95,12 +109,13 @@ class ImageFiles:
                 raise ValueError(f"{self.name(row)}: its label must be {allowed}, got {self.labels[row]}")
         self.num_classes = len(self.classes)
         self.facts = {"source": source, "split": split, "resolution": size, "transform": CROP, "classes": self.classes}
+        self.facts["count"] = len(rows)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        return self.files[index][self.column]["path"] or f"{self.source}, row {index}"
+        return (self.files[index][self.column] or {}).get("path") or f"{self.source}, row {index}"
 
     def pixels(self, index: int) -> Tensor:
         """One image, (3, size, size) uint8.

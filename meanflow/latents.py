@@ -12,6 +12,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import sys
 import uuid
@@ -91,25 +92,46 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def claim_cache(folder: Path, settings: dict) -> None:
-    """Starts a cache, or goes on with one of the same settings.
+def is_finished(folder: Path, number: int) -> bool:
+    """Whether a shard is on the disk, by its note."""
+    try:
+        note = json.loads(note_path(folder, number).read_text())
+        return (folder / note["file"]).stat().st_size == note["bytes"]
+    except (OSError, ValueError):
+        return False
+
+
+def claim_cache(folder: Path, settings: dict) -> bool:
+    """Starts a cache, or goes on with one of the same settings. Returns whether it is finished already.
 
     Raises:
         ValueError: the folder holds something else; the message names what differs.
     """
     path, settings = folder / ".progress" / "settings.json", json.loads(json.dumps(settings))
-    if not path.exists():
-        if folder.exists() and any(path.name != ".progress" for path in folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no unfinished cache: choose another --out")
+    finished = (folder / LATENTS).exists()
+    if not finished and not path.exists():
+        if folder.exists() and any(entry.name != ".progress" for entry in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no cache: choose another --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=2) + "\n")
-    old = json.loads(path.read_text())
+    old = read_facts(folder) if finished else json.loads(path.read_text())
     names = [name for name in settings if old.get(name) != settings[name]]
     if names:
         diff = ", ".join(f"{name} {old.get(name)} there, {settings[name]} here" for name in names)
-        raise ValueError(f"{folder} is an unfinished cache of something else ({diff}): choose another --out")
+        raise ValueError(f"{folder} is a cache of something else ({diff}): choose another --out")
+    if finished:
+        shutil.rmtree(path.parent, ignore_errors=True)
     for stale in path.parent.glob("*.tmp"):
         stale.unlink()
+    return finished
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Refuses work for which the folder's disk has no room; needed: bytes."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise ValueError(f"{folder} needs {needed / 1e9:.3g} GB more and has {free / 1e9:.3g} GB free")
 
 
 def finish(folder: Path, num_shards: int) -> dict:
@@ -119,7 +141,13 @@ def finish(folder: Path, num_shards: int) -> dict:
     count = sum(note["count"] for note in notes)
     if not count:
         raise ValueError(f"{folder}: not one image could be read")
-    verify(folder, notes)
+    try:
+        verify(folder, notes)
+    except ValueError as error:
+        for number, note in enumerate(notes):
+            if str(folder / note["file"]) in str(error):
+                note_path(folder, number).unlink()
+        raise ValueError(f"{error}. The same command makes it anew") from None
     shape, classes = settings.pop("shape"), settings.pop("classes")
     latents_per_channel = count * shape[0] * shape[-2] * shape[-1]
     mean = np.sum([note.pop("sum") for note in notes], axis=0) / latents_per_channel
@@ -159,9 +187,10 @@ def read_facts(folder: Path) -> dict:
         raise ValueError(f"{folder} has no {LATENTS}: make it with tools/cache_latents.py")
     try:
         facts = json.loads((folder / LATENTS).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / LATENTS} is damaged: {error}") from None
-    for shard in facts["shards"]:
+        shards = facts["shards"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / LATENTS} is damaged: {error!r}") from None
+    for shard in shards:
         path = folder / shard["file"]
         if not path.is_file():
             raise ValueError(f"{path} is missing")
@@ -178,7 +207,7 @@ def verify(folder: Path, shards: Sequence[dict], quiet: bool = False) -> None:
     """
     for shard in tqdm(shards, "checksums", unit="shard", disable=quiet):
         if checksum(folder / shard["file"]) != shard["sha256"]:
-            raise ValueError(f"{folder / shard['file']} is damaged: its checksum differs from the one in {LATENTS}")
+            raise ValueError(f"{folder / shard['file']} is damaged: its checksum is not the one that was noted")
 
 
 def write_random(folder: Path, count: int, vae: str, scaling_factor: float, resolution: int) -> None:
@@ -186,10 +215,14 @@ def write_random(folder: Path, count: int, vae: str, scaling_factor: float, reso
 
     vae: the name that the cache bears; its latents have 4 channels and an eighth of the resolution.
     """
+    if resolution < 8 or resolution % 8:
+        raise ValueError(f"resolution must be a multiple of 8, got {resolution}")
     shape, classes = (2, 2, 4, resolution // 8, resolution // 8), [str(label) for label in range(1000)]
+    check_disk(folder, count * 2 * math.prod(shape))
     settings = {"source": f"random:{count}", "resolution": resolution, "shape": shape, "classes": classes}
     settings |= {"vae": vae, "vae_sha256": None, "scaling_factor": scaling_factor, "shift_factor": None}
-    claim_cache(folder, settings)
+    if claim_cache(folder, settings):
+        return
     random, numbers = np.random.default_rng(0), range(-(-count // SHARD_SIZE))
     for number in numbers:
         size = min(SHARD_SIZE, count - number * SHARD_SIZE)
@@ -204,7 +237,8 @@ def write_random(folder: Path, count: int, vae: str, scaling_factor: float, reso
 def check_expected(folder: Path, facts: dict, recipe: TrainConfig) -> None:
     """Refuses a cache that was not made as the recipe expects, naming the difference."""
     wrong = [name for name in ("resolution", "scaling_factor") if facts[name] != getattr(recipe, name)]
-    if recipe.vae and Path(recipe.vae).expanduser().is_dir():  # wherever it lies, its weights decide
+    # Wherever a VAE lies, its weights decide. (Random latents are nobody's.)
+    if facts["vae_sha256"] and recipe.vae and Path(recipe.vae).expanduser().is_dir():
         weights = fingerprint(load_vae(recipe.vae))
         if weights != facts["vae_sha256"]:
             raise ValueError(

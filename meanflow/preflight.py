@@ -4,13 +4,15 @@ import math
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 
 import torch
 from diffusers import ModelMixin
 
-from meanflow.checkpoint import checkpoints
+from meanflow.checkpoint import check_folder, checkpoints
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.data import Data, SlotBatches, load_data
+from meanflow.latents import EncodedImages
 from meanflow.objective import MeanFlow
 from meanflow.time import num_meanflow
 from models import MODELS
@@ -49,6 +51,10 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
     Raises:
         ValueError: a choice that cannot work; the message names it.
     """
+    missing = [name for name in recipe.track if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"track: {missing[0]} is not installed: pip install 'meanflow[track]'")
+    check_folder(recipe, data.facts)
     with torch.device("meta"):
         net = make_net(recipe, data)
     objective, G, total = recipe.objective, recipe.global_batch, total_steps(recipe, data)
@@ -62,7 +68,7 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
     parent = next(path for path in (recipe.out, *recipe.out.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
     at_once = min(recipe.keep + 1, written)  # one is being written while the others stay
-    needed = (at_once - len(done)) * size
+    needed = max(1, at_once - len(done)) * size
     if needed > free and max(done, default=0) < total:
         raise ValueError(
             f"out: {recipe.out} has {gib(free)} free, and {at_once} checkpoints of {gib(size)} need {gib(needed)} "
@@ -73,6 +79,7 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
     held = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
     classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
     made_by = f" by {recipe.vae}" if recipe.vae else ""
+    made_by += ", encoded at each step" if isinstance(data, EncodedImages) else ""
     resumes = f"after step {done[-1]:,}, from {checkpoints(recipe.out)[-1]}" if done else "nothing: from fresh weights"
     return "\n".join(
         f"  {name:10}{value}"

@@ -5,7 +5,6 @@ import math
 import os
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,20 +25,17 @@ from meanflow.objective import MeanFlow, average_velocity
 from meanflow.pictures import save_curves, save_grid
 from meanflow.preflight import make_net, preflight, total_steps
 from meanflow.sampler import sample
-from meanflow.time import noise
+from meanflow.time import generator, noise
 
 
 class Trainer:
     """Trains a recipe into recipe.out, from its newest checkpoint if it has one.
 
     Raises:
-        ValueError: a choice that cannot work, before the folder is touched.
+        ValueError: a choice that cannot work, before a checkpoint or log is touched.
     """
 
     def __init__(self, recipe: TrainConfig):
-        missing = [name for name in recipe.track if find_spec(name) is None]
-        if missing:
-            raise ValueError(f"track: {missing[0]} is not installed: pip install 'meanflow[track]'")
         self.recipe = recipe
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
@@ -60,13 +56,13 @@ class Trainer:
         optimizer = torch.optim.Adam(self.net.parameters(), recipe.lr, recipe.betas, fused=True)
         self.objective, self.optimizer = self.accelerator.prepare(MeanFlow(self.net, recipe.objective), optimizer)
         if self.accelerator.is_main_process:
-            checkpoint.claim_folder(recipe)
+            checkpoint.claim_folder(recipe, self.data.facts)
         self.accelerator.wait_for_everyone()
 
     def with_random_latents(self, recipe: TrainConfig) -> TrainConfig:
         """The smoke test's recipe, on 256 random latents of the recipe's shape, in its own folder."""
         recipe = replace(recipe, data=str(recipe.out / "latents"))
-        if self.accelerator.is_main_process and not (recipe.out / "latents").exists():
+        if self.accelerator.is_main_process:
             write_random(recipe.out / "latents", 256, recipe.vae, recipe.scaling_factor, recipe.resolution)
         self.accelerator.wait_for_everyone()
         return recipe
@@ -138,7 +134,8 @@ def draw_samples(recipe: TrainConfig, data: Data, net: ModelMixin, device: torch
     columns = min(data.num_classes, 10) or 8
     rows = 8 if data.shape[-1] <= 16 else 4
     if recipe.fixed_noise:
-        _, y = data.batch(range(min(64, len(data))), ())
+        indices = range(min(64, len(data)))
+        _, y = data.batch(indices, (generator(recipe.seed, index, "data") for index in indices))
     elif data.num_classes:
         y = torch.linspace(0, data.num_classes - 1, columns).long().repeat(rows)
     else:

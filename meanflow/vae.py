@@ -27,11 +27,14 @@ def load_vae(name: str) -> AutoencoderKL:
         if kind != "AutoencoderKL":
             raise ValueError(f"vae: {name} is no AutoencoderKL: its config.json is of {kind}")
     try:
-        vae = AutoencoderKL.from_pretrained(str(folder) if folder.exists() else name)
+        path = str(folder) if folder.exists() else name
+        vae, info = AutoencoderKL.from_pretrained(path, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # of many kinds, by three packages
         raise ValueError(
             f"vae: {name} cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}"
         ) from None
+    if info["missing_keys"]:
+        raise ValueError(f"vae: {name} lacks weights, such as {sorted(info['missing_keys'])[0]}")
     return vae.float().eval().requires_grad_(False)
 
 
@@ -58,9 +61,10 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 
 def vae_facts(vae: AutoencoderKL, name: str) -> dict:
     """What a cache notes of its VAE. The revision is the Hub's commit, None of a folder."""
+    local = Path(name).expanduser().exists()
     return {
         "vae": name,
-        "vae_revision": vae.config.get("_commit_hash") if not Path(name).expanduser().exists() else None,
+        "vae_revision": None if local else AutoencoderKL.load_config(name, return_commit_hash=True)[1],
         "vae_sha256": fingerprint(vae),
         "scaling_factor": vae.config.scaling_factor,
         "shift_factor": vae.config.shift_factor,

@@ -25,7 +25,7 @@ RECIPE = TrainConfig(
         norm_p=0.5,
         class_dropout_prob=0.0,
     ),
-    steps=1350,
+    steps=1250,
     global_batch=128,
     lr=7e-3,
     betas=(0.9, 0.99),

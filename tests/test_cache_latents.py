@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import save_photos, save_vae
 from PIL import Image
 
 from meanflow.latents import read_facts
-from tests.conftest import save_photos, save_vae
 from tools.cache_latents import Options, cache, main
 
 ROOT = Path(__file__).parents[1]
@@ -105,9 +105,8 @@ def test_unreadable_images_end_the_work_unless_they_may_be_skipped(options, phot
     options = replace(options, images=str(tmp_path / "images"))
     with pytest.raises(ValueError, match=r"flower/002.jpg is no readable image: .* --skip-unreadable leaves"):
         cache(options)
-    other = replace(options, out=tmp_path / "other", skip_unreadable=True)
-    cache(other)
-    facts = read_facts(other.out)
+    cache(replace(options, skip_unreadable=True))  # goes on where it stopped
+    facts = read_facts(options.out)
     assert facts["count"] == 11 and facts["count_per_class"] == [6, 5]
     shown = capfd.readouterr()
     assert "1 images skipped" in shown.out and "skipped: " in shown.err and "flower/002.jpg" in shown.err
@@ -123,13 +122,15 @@ def test_verify_reads_a_finished_cache_again(options, capsys):
         main(Options(out=options.out, verify=True))
 
 
-def test_other_settings_are_refused_and_a_finished_cache_is_left_alone(options, vae, tmp_path):
+def test_other_settings_are_refused_and_a_finished_cache_is_left_alone(options, tmp_path, capsys):
     cache(replace(options, out=tmp_path / "done"))
-    before = shards(tmp_path / "done")
-    with pytest.raises(ValueError, match="is finished already: --verify checks it"):
-        cache(replace(options, out=tmp_path / "done"))
-    assert shards(tmp_path / "done") == before
-    with pytest.raises(ValueError, match="is not empty and holds no unfinished cache"):
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "done").iterdir()}
+    cache(replace(options, out=tmp_path / "done"))
+    assert "is finished already; --verify checks it" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is a cache of something else .*resolution 32 there, 64 here"):
+        cache(replace(options, out=tmp_path / "done", resolution=64))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "done").iterdir()} == before
+    with pytest.raises(ValueError, match="is not empty and holds no cache"):
         cache(replace(options, out=Path(options.images)))
 
 
@@ -142,7 +143,7 @@ def test_unfinished_cache_of_something_else_is_refused(options, tmp_path):
         cache(options)
     other = save_vae(tmp_path / "other", seed=1)
     for changes, message in (({"resolution": 64}, "resolution 32 there, 64 here"), ({"vae": str(other)}, "vae_sha256")):
-        with pytest.raises(ValueError, match=f"unfinished cache of something else .*{message}"):
+        with pytest.raises(ValueError, match=f"is a cache of something else .*{message}"):
             cache(replace(options, **changes))
 
 
@@ -151,6 +152,7 @@ def test_unfinished_cache_of_something_else_is_refused(options, tmp_path):
     [
         ({"images": None}, "images must be given"),
         ({"images": "./nowhere"}, "./nowhere: no such file or folder"),
+        ({"images": "random:8", "resolution": 36}, "resolution must be a multiple of 8, got 36"),
         ({"images": "random:many"}, "random:COUNT must have a COUNT >= 1, got random:many"),
         ({"vae": "./nowhere"}, "vae: ./nowhere is no folder of an AutoencoderKL"),
         ({"resolution": 36}, "resolution must be a multiple of the VAE's 8, got 36"),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from meanflow.config import MeanFlowConfig, TrainConfig
+from meanflow.config import MeanFlowConfig, TrainConfig, run
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,17 @@ def test_more_dropped_labels_than_flow_samples_are_refused():
 def test_recipe_values_out_of_range_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "flags, steps, epochs", [([], 7, 2.0), (["--steps", "3"], 3, 2.0), (["--epochs", "5"], None, 5.0)]
+)
+def test_steps_and_epochs_that_are_flags_go_before_those_that_are_written(flags, steps, epochs, monkeypatch):
+    seen = []
+    monkeypatch.setattr("meanflow.preflight.dry_run", seen.append)
+    monkeypatch.setattr("sys.argv", ["recipe", "--dry-run", *flags])
+    run(TrainConfig(steps=7, epochs=2.0))
+    assert (seen[0].steps, seen[0].epochs) == (steps, epochs)
 
 
 def test_the_configuration_needs_no_heavy_import():

@@ -55,6 +55,28 @@ def test_every_kind_of_source_gives_the_same_images_and_classes(photos, tmp_path
         assert torch.equal(x, x_other) and torch.equal(y, y_other) and other.classes == folder.classes, source
 
 
+def test_folder_names_that_look_like_splits_are_classes(photos, tmp_path):
+    """datasets by itself would take bullet_train for the split of that name, and the others for none."""
+    source = next(photos.rglob("*.jpg")).read_bytes()
+    for name in ("bullet_train", "test_tube", "val", "cat"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ILSVRC2012_val_1.jpg").write_bytes(source)
+    images = ImageFiles(str(tmp_path), 16)
+    assert images.classes == ["bullet_train", "cat", "test_tube", "val"] and len(images) == 4
+
+
+def test_split_is_the_subfolder_of_its_name(photos, tmp_path):
+    source = next(photos.rglob("*.jpg")).read_bytes()
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog", "val/eel"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.jpg").write_bytes(source)
+    assert ImageFiles(str(tmp_path), 16).classes == ["cat", "dog"]
+    assert ImageFiles(str(tmp_path), 16, split="val").classes == ["cat", "dog", "eel"]
+    rows = datasets.DatasetDict({"val": datasets.load_dataset(str(photos), split="train")})
+    rows.save_to_disk(tmp_path / "saved")
+    assert len(ImageFiles(str(tmp_path / "saved"), 16, split="val")) == 40
+
+
 def test_images_are_mirrored_by_their_own_generator(photos):
     plain, flipped = ImageFiles(str(photos), 16), ImageFiles(str(photos), 16, flip=True)
     x, _ = plain.batch([0] * 64, ())
@@ -96,6 +118,8 @@ def rows(labels: list, kind=None) -> datasets.Dataset:
         (lambda path: (path.mkdir(), (path / "a.txt").write_text("words")), "has no column of images"),
         (lambda path: (path.mkdir(), rows([]).to_parquet(path / "a.parquet")), "no data"),
         (lambda path: rows([0, -1]).save_to_disk(path), r"row 1: its label must be in \[0, 1\), got -1"),
+        (lambda path: rows([0.5], datasets.Value("float32")).save_to_disk(path), "column label must hold classes"),
+        (lambda path: rows(["cat"], datasets.Value("string")).save_to_disk(path), "column label must hold classes"),
         (lambda path: rows([0, None]).save_to_disk(path), "row 1 has no label"),
         (
             lambda path: rows([0, -1], datasets.ClassLabel(names=["a", "b"])).save_to_disk(path),

@@ -10,12 +10,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import save_vae
 
 from meanflow.config import TrainConfig
 from meanflow.data import load_data, make_loader
-from meanflow.latents import Latents, claim_cache, finish, read_facts, verify, write_shard
+from meanflow.latents import Latents, claim_cache, finish, is_finished, read_facts, verify, write_shard
 from meanflow.vae import load_vae
-from tests.conftest import save_vae
 from tools.cache_latents import Options, cache
 
 SHAPE = (2, 2, 3, 4, 4)  # flips, mean and standard deviation, C, H, W
@@ -138,7 +138,7 @@ def flip_a_byte(path: Path) -> None:
 @pytest.mark.parametrize(
     "harm, message",
     [
-        (lambda folder: flip_a_byte(folder / "data-00001.arrow"), "data-00001.arrow is damaged: its checksum differs"),
+        (lambda folder: flip_a_byte(folder / "data-00001.arrow"), "data-00001.arrow is damaged: its checksum is not"),
         (
             lambda folder: (folder / "data-00002.arrow").write_bytes((folder / "data-00002.arrow").read_bytes()[:-100]),
             r"data-00002.arrow is damaged: it has \d+ bytes, and had \d+",
@@ -164,6 +164,19 @@ def test_unfinished_cache_is_refused(tmp_path):
     claim_cache(tmp_path / "cache", {"resolution": 32})
     with pytest.raises(ValueError, match="cache is unfinished: give tools/cache_latents.py the same command again"):
         load_data(replace(RECIPE, data=str(tmp_path / "cache")))
+
+
+def test_shard_that_is_damaged_before_the_end_is_not_finished(tmp_path):
+    """Else the same command could never mend it; nor is one whose note a crash cut short."""
+    settings = {"resolution": 32, "scaling_factor": 0.5, "shift_factor": None, "shape": SHAPE, "classes": CLASSES}
+    claim_cache(tmp_path, settings)
+    for number in range(3):
+        write_shard(tmp_path, number, np.zeros((2, *SHAPE), np.float16), np.zeros(2, np.int64), CLASSES)
+    flip_a_byte(tmp_path / "data-00001.arrow")
+    with pytest.raises(ValueError, match="data-00001.arrow is damaged.* The same command makes it anew"):
+        finish(tmp_path, 3)
+    (tmp_path / ".progress/00002.json").write_text("")
+    assert [is_finished(tmp_path, number) for number in range(3)] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -231,12 +244,14 @@ def test_folders_that_are_no_vae_are_refused(tmp_path):
             load_vae(str(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_cache(tmp_path):
     """Reading all of a cache 8 times as large takes no more memory of the process's own: the files are mapped."""
     code = """if True:
         import sys, re
         from pathlib import Path
-        from tests.test_latents import RECIPE, Latents
+        sys.path.append("tests")
+        from test_latents import RECIPE, Latents
         for folder in sys.argv[1:]:
             latents = Latents(Path(folder), RECIPE)
             for start in range(0, len(latents), 50):

@@ -137,6 +137,7 @@ def test_choices_that_cannot_work_are_refused(changes, processes, message, tmp_p
         preflight(recipe, images[data], processes)
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_screen_and_leaves_nothing(latents, tmp_path):
     """By the recipe's own file, as if launched on 4 processes."""
     command = [sys.executable, "recipes/imagenet_ditb4.py", "--dry-run", "--data", str(latents), "--keep", "1"]

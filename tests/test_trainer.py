@@ -1,6 +1,7 @@
 """The trainer, on the real digits: what it leaves behind, and that a stopped run goes on as if it had not been."""
 
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from meanflow import checkpoint
-from meanflow.config import MeanFlowConfig, TrainConfig
+from meanflow.config import MeanFlowConfig, TrainConfig, run
 from meanflow.trainer import Trainer, learning_rate, read_log
 
 
@@ -175,7 +176,7 @@ def test_finished_run_is_left_alone(recipe):
 
 def test_tracker_that_is_not_installed_is_refused(recipe, monkeypatch):
     """Accelerate would leave it out without a word."""
-    monkeypatch.setattr("meanflow.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("meanflow.preflight.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="track: wandb is not installed: pip install"):
         train(replace(recipe, track=("wandb",)))
     assert not recipe.out.exists()
@@ -188,6 +189,28 @@ def test_folder_of_another_recipe_is_refused_with_the_difference_and_not_touched
     with pytest.raises(ValueError, match=r"belongs to another recipe \(objective.norm_p 1.0 there, 0.5 here\)"):
         train(replace(recipe, steps=2, objective=objective))
     assert (recipe.out / "recipe.json").read_text() == before
+
+
+def test_folder_of_other_data_is_refused_and_moved_data_are_not(recipe, photos, tmp_path):
+    """What the data are decides, not where they lie."""
+    images = replace(recipe, data=str(photos), resolution=16, steps=1, model="DiT-XS/4")
+    train(images)
+    copied = shutil.copytree(photos, tmp_path / "elsewhere")
+    train(replace(images, data=str(copied)))
+    next(copied.rglob("*.jpg")).unlink()
+    with pytest.raises(ValueError, match="belongs to another recipe .the data's count 40 there, 39 here"):
+        train(replace(images, data=str(copied)))
+
+
+def test_unreadable_image_ends_the_run_with_one_line(recipe, photos, tmp_path, monkeypatch):
+    """With a loading process, too, which wraps its errors in a traceback."""
+    (tmp_path / "images/a").mkdir(parents=True)
+    (tmp_path / "images/a/text.jpg").write_bytes(b"no image")
+    flags = ["--data", str(tmp_path / "images"), "--resolution", "16", "--workers", "1", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["recipe", *flags])
+    with pytest.raises(SystemExit) as error:
+        run(replace(recipe, steps=1))
+    assert "text.jpg is no readable image" in error.value.code and "\n" not in error.value.code
 
 
 def test_unknown_model_is_refused_before_a_folder_is_made(recipe):

@@ -9,6 +9,7 @@ Images are cropped as ADM does and encoded with their mirror images; the posteri
 kept in float16 (ImageNet at 256: 42 GB). The same command goes on after a kill, on any number of processes, by shards.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,47 +81,43 @@ class Readable:
 
 
 def cache(options: Options) -> None:
-    import shutil
+    import math
     import time
+    from datetime import timedelta
 
     import numpy as np
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import broadcast_object_list
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
     from meanflow.images import ImageFiles
-    from meanflow.latents import claim_cache, finish, note_path, read_facts, write_shard
+    from meanflow.latents import check_disk, claim_cache, finish, is_finished, write_shard
     from meanflow.vae import encode, latent_shape, load_vae, vae_facts
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    # Processes wait for each other's downloads and last shards.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():  # which downloads, if need be
         images = ImageFiles(options.images, options.resolution, options.split)
         vae = load_vae(options.vae).to(accelerator.device)
     shape = (2, 2, *latent_shape(vae, options.resolution))
     num_shards = -(-len(images) // options.shard_size)
-    if (options.out / "latents.json").exists():
-        facts = read_facts(options.out)
-        same = facts["source"] == options.images and facts["vae"] == options.vae
-        raise ValueError(
-            f"{options.out} is {'finished already' if same else 'another finished cache'}: --verify checks it"
-        )
+    unfinished = [None]
     if main:
         settings = {**images.facts, **vae_facts(vae, options.vae), "shape": shape, "images": len(images)}
-        settings |= {"shard_size": options.shard_size, "skip_unreadable": options.skip_unreadable}
-        parent = next(path for path in (options.out, *options.out.absolute().parents) if path.exists())
-        done = sum(note_path(options.out, shard).exists() for shard in range(num_shards))
-        needed, free = (
-            2 * int(np.prod(shape)) * (len(images) - done * options.shard_size),
-            shutil.disk_usage(parent).free,
-        )
-        if needed > free:
-            raise ValueError(f"{options.out} needs {needed / 1e9:.3g} GB more and has {free / 1e9:.3g} GB free")
-        claim_cache(options.out, settings)
-    accelerator.wait_for_everyone()
+        unfinished[0] = [shard for shard in range(num_shards) if not is_finished(options.out, shard)]
+        if not (options.out / "latents.json").exists():
+            check_disk(options.out, 2 * math.prod(shape) * min(len(images), len(unfinished[0]) * options.shard_size))
+        if claim_cache(options.out, {**settings, "shard_size": options.shard_size}):
+            unfinished[0] = None
+    broadcast_object_list(unfinished)  # one list for all, since the first to begin change it
+    if unfinished[0] is None:
+        return accelerator.print(f"{options.out} is finished already; --verify checks it")
 
-    todo = [shard for shard in range(rank, num_shards, world) if not note_path(options.out, shard).exists()]
+    todo = unfinished[0][rank::world]
     loader = DataLoader(
         Readable(images), batch_sampler=Shards(todo, len(images), options), num_workers=options.workers, collate_fn=list
     )
@@ -182,6 +179,8 @@ def main(options: Options) -> None:
             raise ValueError(f"random:COUNT must have a COUNT >= 1, got {options.images}")
         from meanflow.latents import write_random
 
+        if int(os.environ.get("RANK", 0)):
+            return
         write_random(options.out, int(count), options.vae, 0.18215, options.resolution)
         return print(f"{options.out}: {int(count):,} random latents")
     cache(options)
