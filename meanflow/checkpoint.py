@@ -4,25 +4,34 @@ model/      the network: config.json and safetensors, as diffusers' save_pretrai
 ema/0.9999/ the averaged network, likewise, one folder per decay
 state/      the optimiser, as Accelerate's save_state writes it
 recipe.json, data.json, step.json: what was trained on what for how long
+checksums.json: of all the others
 """
 
+import fcntl
 import json
+import os
 import shutil
+import socket
+import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import ModelMixin
 
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.ema import Averages
-from meanflow.files import sync, write_whole
+from meanflow.files import checksum, sync, write_whole
 from models import MODELS
 
 # What may differ between a run and its resumption, since it changes no number (accumulation: rounding alone). Where the
 # data and the VAE lie is free, too: what they are is compared.
 FREE = {"out", "accumulation_steps", "log_every", "sample_every", "checkpoint_every", "keep", "track", "workers"}
-FREE |= {"data", "vae", "verify", "dry_run"}
+FREE |= {"data", "vae", "verify", "dry_run", "resume", "activation_checkpointing"}
+FREE |= {"warn_at", "halt_at", "grace_steps", "max_skipped"}
+CHECKSUMS = "checksums.json"
 PLACES = {"source", "vae", "vae_revision", "meanflow"}
 
 
@@ -43,21 +52,19 @@ def different(a: dict, b: dict) -> set[str]:
     return {name for name in {*a, *b} - FREE if a.get(name) != b.get(name)}
 
 
-def check_folder(recipe: TrainConfig, facts: dict) -> None:
-    """Refuses a folder of another recipe or of other data, naming the fields that differ."""
+def check_folder(folder: Path, recipe: TrainConfig, facts: dict) -> None:
+    """Refuses a run's or a checkpoint's folder of another recipe or of other data, naming the fields that differ."""
     diff = []
-    if (recipe.out / "recipe.json").exists():
-        old, new = json.loads((recipe.out / "recipe.json").read_text()), recipe_fields(recipe)
+    if (folder / "recipe.json").exists():
+        old, new = json.loads((folder / "recipe.json").read_text()), recipe_fields(recipe)
         names, old, new = sorted(different(old, new)), flatten(old), flatten(new)
         diff += [f"{name} {old.get(name)} there, {new.get(name)} here" for name in names]
-    if (recipe.out / "data.json").exists():
-        old, new = json.loads((recipe.out / "data.json").read_text()), json.loads(json.dumps(facts))
+    if (folder / "data.json").exists():
+        old, new = json.loads((folder / "data.json").read_text()), json.loads(json.dumps(facts))
         names = sorted(name for name in {*old, *new} - PLACES if old.get(name) != new.get(name))
         diff += [f"the data's {name} {short(old.get(name))} there, {short(new.get(name))} here" for name in names]
     if diff:
-        raise ValueError(
-            f"{recipe.out} belongs to another recipe ({', '.join(diff)}): choose another --out, or remove it"
-        )
+        raise ValueError(f"{folder} belongs to another recipe ({', '.join(diff)}): choose another --out, or remove it")
 
 
 def short(value: object) -> str:
@@ -66,7 +73,7 @@ def short(value: object) -> str:
 
 def claim_folder(recipe: TrainConfig, facts: dict) -> None:
     """Marks recipe.out as this recipe's, on these data."""
-    check_folder(recipe, facts)
+    check_folder(recipe.out, recipe, facts)
     recipe.out.mkdir(parents=True, exist_ok=True)
     write_whole(recipe.out / "recipe.json", json.dumps(recipe_fields(recipe), indent=2) + "\n")
     write_whole(recipe.out / "data.json", json.dumps(facts, indent=2) + "\n")
@@ -78,34 +85,70 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def save(
-    accelerator: Accelerator, recipe: TrainConfig, facts: dict, step: int, net: ModelMixin, averages: Averages
-) -> None:
-    """Saves under a temporary name, renames when all is on the disk, and prunes to recipe.keep."""
-    folder = recipe.out / f"step-{step:08d}"
+    accelerator: Accelerator,
+    recipe: TrainConfig,
+    facts: dict,
+    progress: dict,
+    net: ModelMixin,
+    averages: Averages,
+) -> bool:
+    """Saves under a temporary name, renames when all is on the disk, and prunes to recipe.keep.
+
+    progress: what step.json holds, the step among it. Returns whether it is saved; a full disk, say, is reported, and
+    the older checkpoints stay.
+    """
+    folder = recipe.out / f"step-{progress['step']:08d}"
     temporary = recipe.out / f".{folder.name}.tmp"
-    if accelerator.is_main_process:
-        remove_temporary(recipe.out)
-        net.save_pretrained(temporary / "model")
-        for decay, average in averages.items():
-            average.save_pretrained(temporary / "ema" / str(decay))
-        (temporary / "recipe.json").write_text(json.dumps(recipe_fields(recipe), indent=2) + "\n")
-        (temporary / "data.json").write_text(json.dumps(facts, indent=2) + "\n")
-        (temporary / "step.json").write_text(json.dumps({"step": step}) + "\n")
-    accelerator.wait_for_everyone()
-    # The weights are in model/ already: the hook empties the list that Accelerate would write.
-    hook = accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.save_state(temporary / "state", safe_serialization=True)
-    hook.remove()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        sync(recipe.out)
-        for old in checkpoints(recipe.out)[: -recipe.keep]:
-            old.rename(recipe.out / f".{old.name}.tmp")  # a kill amid the removal must not leave half of it in sight
-        remove_temporary(recipe.out)
+
+    def begin() -> None:
+        if accelerator.is_main_process:
+            remove_temporary(recipe.out)
+            net.save_pretrained(temporary / "model")
+            for decay, average in averages.items():
+                average.save_pretrained(temporary / "ema" / str(decay))
+            for name, fields in (("recipe", recipe_fields(recipe)), ("data", facts), ("step", progress)):
+                (temporary / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+    def state() -> None:
+        # The weights are in model/ already: the hook empties the list that Accelerate would write.
+        hook = accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        try:
+            accelerator.save_state(temporary / "state", safe_serialization=True)
+        finally:
+            hook.remove()
+
+    def finish() -> None:
+        if accelerator.is_main_process:
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            sums = {str(path.relative_to(temporary)): checksum(path) for path in files}
+            (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+            for path in [*temporary.rglob("*"), temporary]:
+                sync(path)
+            if folder.exists():
+                folder.rename(recipe.out / f".{folder.name}.old.tmp")
+            temporary.rename(folder)
+            sync(recipe.out)
+            for old in checkpoints(recipe.out)[: -recipe.keep]:
+                old.rename(recipe.out / f".{old.name}.tmp")  # a kill amid its removal must not leave half in sight
+            remove_temporary(recipe.out)
+
+    for part in (begin, state, finish):
+        if (error := together(accelerator, part)) is not None:
+            if accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+            accelerator.print(f"{folder} could not be saved, the older checkpoints stay: {error}", file=sys.stderr)
+            return False
+    return True
+
+
+def together(accelerator: Accelerator, part: Callable[[], None]) -> str | None:
+    """Runs a part on all processes and returns what went wrong on the first that failed, on all of them."""
+    error = None
+    try:
+        part()
+    except Exception as exception:  # by three packages: OSError, RuntimeError, SafetensorError
+        error = (str(exception).strip() or repr(exception)).splitlines()[0]
+    return next((error for error in gather_object([error]) if error is not None), None)
 
 
 def remove_temporary(out: Path) -> None:
@@ -113,18 +156,91 @@ def remove_temporary(out: Path) -> None:
         shutil.rmtree(path)
 
 
-def load(accelerator: Accelerator, recipe: TrainConfig, net: ModelMixin, averages: Averages) -> int:
-    """Restores the newest checkpoint and returns its step; 0 if there is none."""
-    if not checkpoints(recipe.out):
-        return 0
-    folder = checkpoints(recipe.out)[-1]
+def choose(recipe: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, None to begin anew.
+
+    Raises:
+        ValueError: recipe.resume cannot be followed.
+    """
+    newest = checkpoints(recipe.out)[-1] if checkpoints(recipe.out) else None
+    if recipe.resume == "auto":
+        return newest
+    if recipe.resume == "never":
+        if newest:
+            raise ValueError(f"resume is never, but {recipe.out} has checkpoints: choose another --out")
+        return None
+    folder = Path(recipe.resume).expanduser()
+    if not (folder / "step.json").is_file():
+        raise ValueError(f"resume must be auto, never or the folder of a checkpoint, got {recipe.resume}")
+    return folder
+
+
+def verify(folder: Path) -> None:
+    """Compares a checkpoint's files with its checksums.
+
+    Raises:
+        ValueError: one is missing or damaged; the message names it and the checkpoint before.
+    """
+    older = [path for path in checkpoints(folder.parent) if path.name < folder.name]
+    advice = f": --resume {older[-1]} goes on from the one before" if older else ""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"{folder / CHECKSUMS} is missing or damaged{advice}") from None
+    for name, value in sums.items():
+        if not (folder / name).is_file() or checksum(folder / name) != value:
+            raise ValueError(f"{folder / name} is missing or damaged{advice}")
+
+
+def load(accelerator: Accelerator, recipe: TrainConfig, net: ModelMixin, averages: Averages) -> dict:
+    """Restores the checkpoint of `choose` and returns its step.json; step 0 if there is none."""
+    folder = choose(recipe)
+    if folder is None:
+        return {"step": 0}
+    if accelerator.is_main_process and folder.parent.resolve() == recipe.out.resolve():
+        for later in checkpoints(recipe.out):
+            if later.name > folder.name:  # the user went back: what is newer must not be the newest again
+                later.rename(later.with_name(f"{later.name}.left"))
     for target, source in [(net, "model"), *((average, f"ema/{decay}") for decay, average in averages.items())]:
         target.load_state_dict(type(net).from_pretrained(folder / source).state_dict())
     hook = accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
     accelerator.load_state(folder / "state")
     accelerator.step = 0  # the micro-steps of another accumulation
     hook.remove()
-    return json.loads((folder / "step.json").read_text())["step"]
+    return json.loads((folder / "step.json").read_text())
+
+
+def init_weights(net: ModelMixin, source: str) -> None:
+    """Gives net the weights of a checkpoint (its model, not an average), or of a folder or Hub id of such a network.
+
+    Raises:
+        ValueError: there are none, or they are of another shape.
+    """
+    folder = Path(source).expanduser()
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    try:
+        net.load_state_dict(type(net).from_pretrained(folder if folder.exists() else source).state_dict())
+    except Exception as error:  # of many kinds
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"init_from: {source} has no weights for this network: {reason}") from None
+
+
+def lock(out: Path):
+    """Claims the folder for this process as long as the returned file is open.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    file = (out / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{out} is in use by another run ({file.read().strip()}): choose another --out") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def load_network(folder: Path) -> tuple[ModelMixin, MeanFlowConfig]:

@@ -154,6 +154,20 @@ class TrainConfig:
     """optimiser steps between checkpoints; the last step always has one"""
     keep: int = 2
     """checkpoints kept, the newest"""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint of --out, if there is one; never: begin anew; or a checkpoint's folder"""
+    init_from: str | None = None
+    """begin with the weights of this checkpoint, or of a folder or Hub id with a network of the same shape"""
+    activation_checkpointing: bool = False
+    """compute the blocks' activations twice instead of keeping them: less memory, a forward more"""
+    warn_at: float = 10.0
+    """say so when the raw loss is this many times its running level, > 1"""
+    halt_at: float = 100.0
+    """halt when it is this many times its running level, > 1"""
+    grace_steps: int = 200
+    """optimiser steps before either"""
+    max_skipped: int = 10
+    """halt after so many steps in a row whose gradients are not finite; each such step is skipped"""
     track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """trackers that get the log's numbers, too"""
     workers: int = 0
@@ -170,9 +184,19 @@ class TrainConfig:
         check(self.steps is not None or self.epochs is not None, "steps", self.steps, "given, or epochs")
         for name in ("steps", "epochs", "lr", "max_grad_norm", "resolution", "scaling_factor"):
             check(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        for name in ("global_batch", "accumulation_steps", "log_every", "sample_every", "checkpoint_every", "keep"):
+        for name in (
+            "global_batch",
+            "accumulation_steps",
+            "log_every",
+            "sample_every",
+            "checkpoint_every",
+            "keep",
+            "max_skipped",
+        ):
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        for name in ("warmup_steps", "seed", "workers"):
+        for name in ("warn_at", "halt_at"):
+            check(getattr(self, name) > 1, name, getattr(self, name), "> 1")
+        for name in ("warmup_steps", "seed", "workers", "grace_steps"):
             check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         for name in ("betas", "ema_decay"):
             values = getattr(self, name)

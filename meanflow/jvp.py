@@ -50,6 +50,16 @@ def jvp(fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...])
         return u, du
 
 
+def support_fsdp2() -> None:
+    """Lets duals through networks that torch's fully_shard wraps.
+
+    Its hook returns its inputs, so views, but gives their tangents as they are, which forward AD refuses.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
+
+    RegisterPostBackwardFunction.jvp = staticmethod(lambda ctx, _, *tangents: tuple(d.view_as(d) for d in tangents))
+
+
 def finite_difference(
     fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], step: float = 0.005
 ) -> tuple[Tensor, Tensor]:

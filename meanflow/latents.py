@@ -9,7 +9,6 @@ The moments are the VAE's own, neither shifted nor scaled.
 """
 
 import bisect
-import hashlib
 import itertools
 import json
 import math
@@ -21,13 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
 import meanflow
 from meanflow.config import TrainConfig
-from meanflow.files import sync, write_whole
+from meanflow.files import checksum, sync, write_whole
 from meanflow.images import ImageFiles
 from meanflow.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_facts
 
@@ -85,11 +83,6 @@ def write_shard(folder: Path, number: int, moments: np.ndarray, labels: np.ndarr
     temporary.replace(path)
     sync(folder)
     write_whole(note_path(folder, number), json.dumps(note))
-
-
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_finished(folder: Path, number: int) -> bool:
@@ -260,10 +253,10 @@ class LatentSpace:
 
     Args:
         shift, scale: a number, or one a channel.
-        vae: a folder or Hub id, loaded when first needed; or the VAE.
+        vae: a folder or Hub id, loaded when first needed; or the AutoencoderKL.
     """
 
-    def __init__(self, shift: float | list[float], scale: float | list[float], vae: str | AutoencoderKL):
+    def __init__(self, shift: float | list[float], scale: float | list[float], vae):
         self.shift, self.scale = (torch.tensor(a).view(-1, 1, 1) for a in (shift, scale))
         self.vae = vae
 

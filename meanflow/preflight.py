@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from diffusers import ModelMixin
 
-from meanflow.checkpoint import check_folder, checkpoints
+from meanflow.checkpoint import check_folder, checkpoints, choose
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.data import Data, SlotBatches, load_data
 from meanflow.latents import EncodedImages
@@ -54,7 +54,10 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
     missing = [name for name in recipe.track if find_spec(name) is None]
     if missing:
         raise ValueError(f"track: {missing[0]} is not installed: pip install 'meanflow[track]'")
-    check_folder(recipe, data.facts)
+    check_folder(recipe.out, recipe, data.facts)
+    start = choose(recipe)
+    if start is not None:
+        check_folder(start, recipe, data.facts)
     with torch.device("meta"):
         net = make_net(recipe, data)
     objective, G, total = recipe.objective, recipe.global_batch, total_steps(recipe, data)
@@ -80,7 +83,8 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
     classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
     made_by = f" by {recipe.vae}" if recipe.vae else ""
     made_by += ", encoded at each step" if isinstance(data, EncodedImages) else ""
-    resumes = f"after step {done[-1]:,}, from {checkpoints(recipe.out)[-1]}" if done else "nothing: from fresh weights"
+    begins = f"the weights of {recipe.init_from}" if recipe.init_from else "fresh weights"
+    resumes = f"after step {int(start.name[5:]):,}, from {start}" if start else f"nothing: from {begins}"
     return "\n".join(
         f"  {name:10}{value}"
         for name, value in {

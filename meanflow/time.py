@@ -66,8 +66,12 @@ def generator(seed: int, index: int, stream: str = "draws") -> torch.Generator:
 
     torch keeps 32 bits of a seed: of 3e8 slots some 7 % share their numbers with another, at another time.
     """
+    return torch.Generator().manual_seed(stream_seed(seed, index, stream))
+
+
+def stream_seed(seed: int, index: int, stream: str) -> int:
     digest = hashlib.blake2b(f"{seed} {index} {stream}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return int.from_bytes(digest, "big")
 
 
 def noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:

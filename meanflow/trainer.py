@@ -3,13 +3,15 @@
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import DistributedType, gather_object, send_to_device, set_seed
 from diffusers import ModelMixin
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,12 +22,13 @@ from meanflow.config import TrainConfig
 from meanflow.data import Data, load_data, make_loader
 from meanflow.ema import Averages
 from meanflow.files import write_whole
+from meanflow.guard import Guard, Stop
 from meanflow.latents import EncodedImages, Latents, verify, write_random
 from meanflow.objective import MeanFlow, average_velocity
 from meanflow.pictures import save_curves, save_grid
 from meanflow.preflight import make_net, preflight, total_steps
 from meanflow.sampler import sample
-from meanflow.time import generator, noise
+from meanflow.time import generator, noise, stream_seed
 
 
 class Trainer:
@@ -37,6 +40,7 @@ class Trainer:
 
     def __init__(self, recipe: TrainConfig):
         self.recipe = recipe
+        check_launch()
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=recipe.mixed_precision,
@@ -44,6 +48,10 @@ class Trainer:
             log_with=list(recipe.track) or None,
             project_dir=recipe.out,
         )
+        if self.accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+            raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched that do not know of each other")
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError("FSDP is not supported yet, since averages and checkpoints are not sharded: use multi_gpu")
         set_seed(recipe.seed)
         if recipe.smoke and recipe.vae:
             recipe = self.recipe = self.with_random_latents(recipe)
@@ -51,13 +59,28 @@ class Trainer:
         self.total = total_steps(recipe, self.data)
         self.accelerator.print(preflight(recipe, self.data, self.accelerator.num_processes))
         self.verify_latents()
-        self.net = make_net(recipe, self.data).to(self.accelerator.device)
+        if (start := checkpoint.choose(recipe)) is not None:
+            self.on_main(lambda: checkpoint.verify(start))
+        self.net = make_net(recipe, self.data)
+        if recipe.init_from and start is None:
+            checkpoint.init_weights(self.net, recipe.init_from)
+        self.net.to(self.accelerator.device)
+        if recipe.activation_checkpointing:
+            self.net.enable_gradient_checkpointing()
         self.averages = Averages(self.net, recipe.ema_decay)
         optimizer = torch.optim.Adam(self.net.parameters(), recipe.lr, recipe.betas, fused=True)
         self.objective, self.optimizer = self.accelerator.prepare(MeanFlow(self.net, recipe.objective), optimizer)
-        if self.accelerator.is_main_process:
-            checkpoint.claim_folder(recipe, self.data.facts)
-        self.accelerator.wait_for_everyone()
+        self.on_main(self.claim)
+
+    def claim(self) -> None:
+        checkpoint.claim_folder(self.recipe, self.data.facts)
+        self.lock = checkpoint.lock(self.recipe.out)
+
+    def on_main(self, part: Callable[[], None]) -> None:
+        """Runs a part on the main process; the others wait, and raise its ValueError, too."""
+        error = checkpoint.together(self.accelerator, part if self.accelerator.is_main_process else lambda: None)
+        if error is not None:
+            raise ValueError(error)
 
     def with_random_latents(self, recipe: TrainConfig) -> TrainConfig:
         """The smoke test's recipe, on 256 random latents of the recipe's shape, in its own folder."""
@@ -78,44 +101,97 @@ class Trainer:
         return make_loader(self.recipe, self.data, start, self.total, *place)
 
     def train(self) -> None:
+        """Trains to the last step.
+
+        Raises:
+            SystemExit: with a code of meanflow.guard, when something ends the run before; all processes leave together.
+        """
         recipe, accelerator, net, optimizer = self.recipe, self.accelerator, self.net, self.optimizer
-        step = checkpoint.load(accelerator, recipe, net, self.averages)
-        log = Log(accelerator, recipe, step)
+        progress = checkpoint.load(accelerator, recipe, net, self.averages)
+        step = progress["step"]
+        log = Log(accelerator, recipe, step, progress.get("log", []))
         if step:
             accelerator.print(f"{recipe.out}: resumes after step {step} of {self.total}")
         bar = tqdm(total=self.total, initial=step, unit="step", disable=not accelerator.is_main_process, mininterval=1)
 
         self.objective.train()
-        for batch in self.loader(step):
-            x, y, draws = send_to_device(batch, accelerator.device, non_blocking=True)
-            if isinstance(self.data, EncodedImages):
-                x = self.data.encode(*x)
-            with accelerator.accumulate(self.objective):
-                out = self.objective(x, y, draws)
-                accelerator.backward(out.loss)
-                if accelerator.sync_gradients and recipe.max_grad_norm:
-                    accelerator.clip_grad_norm_(self.objective.parameters(), recipe.max_grad_norm)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(recipe, step, self.total)
-                optimizer.step()
-                optimizer.zero_grad()
-            log.add(out.loss, out.metrics)
-            if not accelerator.sync_gradients:
-                continue
-            step += 1
-            self.averages.update(net)
-            bar.update()
-            last = step == self.total
-            if step % recipe.log_every == 0 or last:
-                bar.set_postfix(log.write(step, lr=optimizer.param_groups[0]["lr"]))
-            if step % recipe.checkpoint_every == 0 or last:
-                checkpoint.save(accelerator, recipe, self.data.facts, step, net, self.averages)
-            if (step % recipe.sample_every == 0 or last) and accelerator.is_main_process:
-                draw_samples(recipe, self.data, self.averages[recipe.ema_decay[0]], accelerator.device, step)
-                log.draw()
+        raw_loss, stop, saved = 0.0, None, True
+        with Guard(accelerator, recipe, progress) as guard:
+            for micro_step, batch in enumerate(self.loader(step), start=step * recipe.accumulation_steps):
+                self.seed_network(micro_step)
+                x, y, draws = send_to_device(batch, accelerator.device, non_blocking=True)
+                if isinstance(self.data, EncodedImages):
+                    x = self.data.encode(*x)
+                with accelerator.accumulate(self.objective):
+                    out = self.objective(x, y, draws)
+                    accelerator.backward(out.loss)
+                    if accelerator.sync_gradients:
+                        limit = recipe.max_grad_norm or math.inf
+                        norm = accelerator.clip_grad_norm_(self.objective.parameters(), limit)
+                        self.skip_unless_finite(norm)
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(recipe, step, self.total)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                log.add(out.loss, out.metrics)
+                raw_loss += out.metrics["raw_loss"] / recipe.accumulation_steps
+                if not accelerator.sync_gradients:
+                    continue
+                step += 1
+                self.averages.update(net)
+                bar.update()
+                stop = guard.decide()
+                guard.observe(raw_loss, ~norm.isfinite())
+                raw_loss, last = 0.0, step == self.total
+                if step % recipe.log_every == 0 or last:
+                    bar.set_postfix(log.write(step, lr=optimizer.param_groups[0]["lr"]))
+                if step % recipe.checkpoint_every == 0 or last or (stop and stop.save):
+                    stop = stop or guard.decide()
+                    if not stop or stop.save:
+                        progress = {"step": step, **guard.state, "log": log.state()}
+                        saved = checkpoint.save(accelerator, recipe, self.data.facts, progress, net, self.averages)
+                if (step % recipe.sample_every == 0 or last) and accelerator.is_main_process:
+                    draw_samples(recipe, self.data, self.averages[recipe.ema_decay[0]], accelerator.device, step)
+                    log.draw()
+                if stop:
+                    break
         bar.close()
-        accelerator.print(f"{recipe.out}: checkpoints, log.jsonl, loss.png and samples/")
+        self.leave(stop, saved, step)
+
+    def seed_network(self, micro_step: int) -> None:
+        """For the network's own randomness, such as dropout: so no generator's state need be saved."""
+        place = micro_step * self.accelerator.num_processes + self.accelerator.process_index
+        torch.manual_seed(stream_seed(self.recipe.seed, place, "network"))
+
+    def skip_unless_finite(self, norm: Tensor) -> None:
+        """Lets the optimiser's fused kernel skip this step if the gradient is not finite, without waiting for it."""
+        optimizer = self.optimizer.optimizer
+        optimizer.grad_scale = torch.ones((), device=norm.device)
+        optimizer.found_inf = (~norm.isfinite()).float()
+
+    def leave(self, stop: Stop | None, saved: bool, step: int) -> None:
+        accelerator, out = self.accelerator, self.recipe.out
+        if stop:
+            where = f"saved after step {step}" if stop.save and saved else f"at step {step}, not saved"
+            accelerator.print(f"{out}: {stop.reason}: {where}", file=sys.stderr)
+        else:
+            accelerator.print(f"{out}: checkpoints, log.jsonl, loss.png and samples/")
         accelerator.end_training()
+        self.lock = None
+        if stop:
+            sys.exit(stop.code)
+        if not saved:
+            sys.exit(f"error: {out}: the last step could not be saved: make room, and give the same command again")
+
+
+def check_launch() -> None:
+    """Refuses the launches of accelerate that start one process where several were asked for."""
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if by_accelerate and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one: add --multi_gpu (on CPUs, too), or use "
+            "accelerate_configs/cpu_2proc.yaml or torchrun"
+        )
 
 
 def learning_rate(recipe: TrainConfig, step: int, total: int) -> float:
@@ -149,9 +225,10 @@ def draw_samples(recipe: TrainConfig, data: Data, net: ModelMixin, device: torch
 class Log:
     """log.jsonl, loss.png and the trackers: one line holds the means since the line before."""
 
-    def __init__(self, accelerator: Accelerator, recipe: TrainConfig, step: int):
+    def __init__(self, accelerator: Accelerator, recipe: TrainConfig, step: int, state: list[dict]):
         self.accelerator, self.recipe, self.path = accelerator, recipe, recipe.out / "log.jsonl"
-        self.sums: dict[str, list[Tensor]] = {}
+        self.sums: dict[str, tuple[Tensor, int]] = {}
+        self.restore(state)
         self.step, self.start = step, time.perf_counter()
         if recipe.track:
             fields = checkpoint.flatten(checkpoint.recipe_fields(recipe))
@@ -165,6 +242,18 @@ class Log:
         for name, value in {"loss": loss.detach(), **metrics}.items():
             total, count = self.sums.get(name, (0, 0))
             self.sums[name] = (total + value, count + 1)
+
+    def state(self) -> list[dict]:
+        """The sums since the last line, of each process."""
+        return gather_object([{name: (total.tolist(), count) for name, (total, count) in self.sums.items()}])
+
+    def restore(self, state: list[dict]) -> None:
+        """Goes on with this process's sums; with the mean of all, if they were more or fewer then."""
+        if len(state) == self.accelerator.num_processes:
+            state = [state[self.accelerator.process_index]]
+        for name in state[0] if state else ():
+            totals = torch.tensor([sums[name][0] for sums in state], device=self.accelerator.device)
+            self.sums[name] = (totals.mean(dim=0), state[0][name][1])
 
     def write(self, step: int, lr: float) -> dict[str, str]:
         """Writes a line and returns what the progress bar shows."""

@@ -1,12 +1,17 @@
 """The autoencoder between images and latents: diffusers' AutoencoderKL, never trained here."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
+
+if TYPE_CHECKING:  # imported where it is needed, since that takes seconds
+    from diffusers import AutoencoderKL
 
 
 def load_vae(name: str) -> AutoencoderKL:
@@ -15,6 +20,8 @@ def load_vae(name: str) -> AutoencoderKL:
     Raises:
         ValueError: it is no AutoencoderKL, or cannot be had.
     """
+    from diffusers import AutoencoderKL
+
     folder = Path(name).expanduser()
     if folder.exists() or name.startswith(("/", "./", "../", "~")):
         config = folder / "config.json"
@@ -61,6 +68,8 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 
 def vae_facts(vae: AutoencoderKL, name: str) -> dict:
     """What a cache notes of its VAE. The revision is the Hub's commit, None of a folder."""
+    from diffusers import AutoencoderKL
+
     local = Path(name).expanduser().exists()
     return {
         "vae": name,

@@ -116,6 +116,8 @@ class DiT(ModelMixin, ConfigMixin):
         ValueError: a size that does not divide, or a z of another shape.
     """
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,
@@ -135,6 +137,7 @@ class DiT(ModelMixin, ConfigMixin):
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads ({num_heads})")
         self.z_shape = (in_channels, *size)
+        self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() sets it
         self.x_embedder = PatchEmbed(size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.h_embedder = TimestepEmbedder(hidden_size)
@@ -178,7 +181,7 @@ class DiT(ModelMixin, ConfigMixin):
             c = c + self.y_embedder(y)
         c = c.unsqueeze(1)  # (B, 1, D)
         for block in self.blocks:
-            x = block(x, c)
+            x = self._gradient_checkpointing_func(block, x, c) if self.gradient_checkpointing else block(x, c)
         return self.unpatchify(self.final_layer(x, c))
 
     def unpatchify(self, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     accelerate launch -q recipes/digits_dit.py
 
 Its flow-matching twin is the same with --objective.meanflow-ratio 0 --out runs/digits-flow. Every field is a flag. The
-same command resumes from --out. No paper trains on these digits; ours: README.md, 3 to 4 minutes on 2 CPU cores.
+same command resumes from --out. No paper trains on these digits; ours: README.md, 2 to 5 minutes on 2 CPU cores.
 """
 
 from pathlib import Path

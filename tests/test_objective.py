@@ -377,3 +377,32 @@ def test_naive_twin_uses_the_public_drop_in():
         _, expected = torch.func.jvp(lambda z, t: net(z, t, t, y), (z, t), (v, torch.ones_like(t)))
     _, actual = jvp(lambda z, t: net(z, t, t, y), (z, t), (v, torch.ones_like(t)))
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_activation_checkpointing_keeps_fewer_bytes_for_the_same_gradients():
+    """Bit for bit in float32; under bf16 autocast, within 3 % of float32's (L2 over L2), with it as without."""
+    config, found = MeanFlowConfig(meanflow_ratio=0.5), {}
+    x, y = torch.randn(16, 3, 4, 4), torch.randint(5, (16,))
+    draws = make_draws(config, (3, 4, 4), 0, order_slots(config, range(16), 16))
+    for recompute in (False, True):
+        for bf16 in (False, True):
+            net = small_dit(depth=6)
+            if recompute:
+                net.enable_gradient_checkpointing()
+            kept = {}
+
+            def keep(tensor, kept=kept):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    loss = MeanFlow(net, config)(x, y, draws).loss
+            loss.backward()
+            gradient = torch.cat([p.grad.flatten() for p in net.parameters()])
+            found[recompute, bf16] = gradient, sum(storage.nbytes() for storage in kept.values())
+    exact, most = found[False, False]
+    assert torch.equal(found[True, False][0], exact) and torch.equal(found[True, True][0], found[False, True][0])
+    print({case: size for case, (_, size) in found.items()})
+    assert found[True, False][1] < 0.5 * most and found[True, True][1] < 0.5 * found[False, True][1]
+    assert (found[True, True][0] - exact).norm() < 0.03 * exact.norm()

@@ -49,7 +49,7 @@ class Data:
     """Reading cached latents of 256 x 256 images, warm, one process: ours, and the usual way, an LMDB with a pickled
     dictionary per image, put into batches by a DataLoader. It needs lmdb: pip install 'meanflow[test]'."""
 
-    count: int = 20_000
+    count: int = 20_480
     """images; each way writes 33 kB for each, to a temporary folder"""
     batch: int = 256
     repeats: int = 5

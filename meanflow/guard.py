@@ -1,0 +1,97 @@
+"""What ends a run before its last step: a signal, a diverging loss, gradients that are not finite.
+
+Each process adds what it saw to a sum over all, which is read one step later, when an accelerator has it at hand: so
+all processes decide the same, and none waits.
+"""
+
+import math
+import signal
+import sys
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from meanflow.config import TrainConfig
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOPPED, DIVERGED = 75, 3  # exit codes: start again, it goes on from a checkpoint; do not, before something is changed
+
+ADVICE = "lower --lr, set --max-grad-norm 1 or raise --warmup-steps; the newest checkpoint is of before"
+
+
+class Stop(NamedTuple):
+    code: int  # the program's exit code
+    reason: str
+    save: bool  # whether this step is worth a checkpoint
+
+
+class Guard:
+    """Watches a run. state: what an earlier part of the run left in its checkpoint."""
+
+    def __init__(self, accelerator: Accelerator, recipe: TrainConfig, state: dict):
+        self.accelerator, self.recipe = accelerator, recipe
+        self.level = state.get("raw_loss_level")  # running mean of the raw loss
+        self.observed = state.get("observed_steps", 0)
+        self.skipped, self.in_a_row = state.get("skipped_steps", 0), 0
+        self.signal, self.seen, self.before = 0, None, {}
+
+    def __enter__(self) -> "Guard":
+        self.before = {number: signal.signal(number, self.receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, _) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        self.signal = number
+
+    @property
+    def state(self) -> dict:
+        return {"raw_loss_level": self.level, "observed_steps": self.observed, "skipped_steps": self.skipped}
+
+    def observe(self, raw_loss: Tensor, skipped: Tensor) -> None:
+        """Notes a step: its raw loss, and whether its gradient was not finite (1.0), so that it was skipped."""
+        mine = torch.stack([raw_loss.float(), skipped.float(), torch.full_like(raw_loss, self.signal).float()])
+        self.seen = self.accelerator.reduce(mine.unsqueeze(0), "sum")[0] / self.accelerator.num_processes
+
+    def decide(self) -> Stop | None:
+        """Whether the step noted last ends the run; it is read once."""
+        if self.seen is None:
+            return None
+        recipe, (raw_loss, skipped, number) = self.recipe, self.seen.tolist()
+        self.seen = None
+        if skipped or not math.isfinite(raw_loss):
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            self.say(f"a gradient was not finite: step skipped, the {self.in_a_row}. in a row, {self.skipped} in all")
+            if self.in_a_row >= recipe.max_skipped:
+                return Stop(
+                    DIVERGED, f"{self.in_a_row} steps in a row had gradients that are not finite: {ADVICE}", False
+                )
+        else:
+            self.in_a_row = 0
+            if (stop := self.diverges(raw_loss)) is not None:
+                return stop
+        if number:
+            return Stop(STOPPED, "a signal asked to stop", True)
+        return None
+
+    def diverges(self, raw_loss: float) -> Stop | None:
+        recipe, level = self.recipe, raw_loss if self.level is None else self.level
+        words = f"raw loss {raw_loss:.4g} is {raw_loss / max(level, 1e-30):.0f} times its running level {level:.4g}"
+        if self.observed >= recipe.grace_steps:
+            if raw_loss > recipe.halt_at * level:
+                return Stop(DIVERGED, f"{words}: {ADVICE}", False)
+            if raw_loss > recipe.warn_at * level:
+                self.say(f"warning: {words}")
+        self.level = 0.99 * level + 0.01 * min(raw_loss, recipe.warn_at * level)
+        self.observed += 1
+        return None
+
+    def say(self, words: str) -> None:
+        if self.accelerator.is_main_process:
+            print(words, file=sys.stderr, flush=True)

@@ -1,0 +1,263 @@
+"""One run on any number of processes: real launches on gloo, compared with one process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import perturbed
+from safetensors.torch import load_file
+
+from meanflow.guard import DIVERGED
+from meanflow.trainer import read_log
+from models import MODELS
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ACCELERATE = [str(BIN / "accelerate"), "launch", "-q", "--config_file"]
+ONE = [*ACCELERATE, "accelerate_configs/cpu.yaml"]
+TWO = [*ACCELERATE, "accelerate_configs/cpu_2proc.yaml"]
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"]
+
+pytestmark = pytest.mark.slow
+
+
+def start(*command: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, code: int | None = 0) -> str:
+    text, _ = process.communicate(timeout=150)
+    assert code is None or process.returncode == code, text
+    return text
+
+
+DIGITS = ["recipes/digits_dit.py", "--model", "DiT-XS/4", "--global-batch", "16", "--objective.meanflow-ratio", "0.25"]
+DIGITS += ["--objective.class-dropout-prob", "0.1", "--schedule", "constant", "--warmup-steps", "0", "--log-every", "1"]
+
+
+@pytest.mark.parametrize(
+    "launch, processes, recipe",
+    [
+        (ONE, 1, [*DIGITS, "--steps", "2"]),
+        (TWO, 2, [*DIGITS, "--steps", "2"]),
+        (TORCHRUN, 2, [*DIGITS, "--steps", "2"]),
+        (TWO, 2, ["recipes/imagenet_ditxl.py", "--smoke"]),
+        (TORCHRUN, 2, ["recipes/imagenet_ditxl.py", "--smoke"]),
+    ],
+    ids=["accelerate 1", "accelerate 2", "torchrun 2", "accelerate 2 smoke", "torchrun 2 smoke"],
+)
+def test_launched_processes_share_one_run(launch, processes, recipe, tmp_path):
+    text = finish(start(*launch, *recipe, "--out", str(tmp_path / "run")))
+    assert f"16 = {16 // processes} x {processes} processes" in text
+    assert text.count("resumes   nothing") == 1  # one process speaks
+    out = next(tmp_path.glob("run*"))
+    steps = [line["step"] for line in read_log(out / "log.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) in (2, 4)
+
+
+def test_two_nodes_on_this_machine_share_one_run(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for rank in (0, 1):
+        flags = ["--multi_gpu", "--num_machines=2", "--num_processes=2", f"--machine_rank={rank}"]
+        flags += ["--main_process_ip=127.0.0.1", f"--main_process_port={port}", "--rdzv_backend=static"]
+        command = [str(BIN / "accelerate"), "launch", "-q", *flags, *DIGITS, "--steps", "2", "--out"]
+        nodes.append(start(*command, str(tmp_path / "run")))
+    texts = [finish(node) for node in nodes]
+    assert all("16 = 8 x 2 processes" in text for text in texts)  # one process of each node speaks
+    assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("flags", [["--cpu", "--num_processes=2"], ["--use_cpu", "--num_processes=2"]])
+def test_launch_that_silently_starts_one_process_of_two_is_refused(flags, tmp_path):
+    launch = [str(BIN / "accelerate"), "launch", "-q", *flags]
+    text = finish(start(*launch, *DIGITS, "--steps", "2", "--out", str(tmp_path / "run")), code=None)
+    assert "asked for several processes and started one: add --multi_gpu" in text
+    assert not (tmp_path / "run").exists()
+
+
+# Adam makes full steps of the rounding of gradients that are exactly 0, such as those of the keys' biases. So the rate
+# is small: five steps still move the weights by 30 times the tolerance and more.
+RATE = "2e-6"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A network that is no fresh one, whose gradients are zero nearly everywhere."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    perturbed(MODELS["DiT-XS/4"](input_size=8, in_channels=1, num_classes=10)).save_pretrained(folder)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything of a checkpoint, flat: weights, average, and Adam's moments (after one step 0.1 of the gradient)."""
+    found = {}
+    for kind in ("model", "ema/0.95"):
+        values = load_file(folder / kind / "diffusion_pytorch_model.safetensors")
+        found[kind] = torch.cat([values[name].flatten() for name in sorted(values)]).double()
+    state = torch.load(folder / "state/optimizer.bin", weights_only=True)["state"]
+    found["gradient"] = torch.cat([state[index]["exp_avg"].flatten() for index in sorted(state)]).double()
+    return found
+
+
+def apart(a: Path, b: Path) -> dict[str, float]:
+    """L2 of the difference over L2, all tensors of a kind together."""
+    a, b = tensors(a), tensors(b)
+    return {kind: ((a[kind] - b[kind]).norm() / a[kind].norm()).item() for kind in a}
+
+
+def five_steps(launch: list[str], weights: Path, out: Path, *flags: str) -> str:
+    more = ["--steps", "5", "--lr", RATE, "--checkpoint-every", "1", "--keep", "9", "--init-from", str(weights)]
+    return finish(start(*launch, *DIGITS, *more, *flags, "--out", str(out)))
+
+
+def test_one_process_two_and_two_with_accumulation_train_the_same_network(weights, tmp_path):
+    """The first step's whole gradient, and weights and average after 5 steps, to 1e-6."""
+    five_steps(ONE, weights, tmp_path / "one")
+    for name, flags in (("two", ()), ("accumulated", ("--accumulation-steps", "2"))):
+        five_steps(TWO, weights, tmp_path / name, *flags)
+        first = apart(tmp_path / "one/step-00000001", tmp_path / name / "step-00000001")
+        last = apart(tmp_path / "one/step-00000005", tmp_path / name / "step-00000005")
+        print(name, first, last)
+        assert first["gradient"] < 1e-6 and last["model"] < 1e-6 and last["ema/0.95"] < 1e-6
+        assert apart(tmp_path / "one/step-00000001", tmp_path / name / "step-00000005")["model"] > 3e-5
+        logs = [read_log(tmp_path / run / "log.jsonl") for run in ("one", name)]
+        for one, many in zip(*logs):
+            assert many["raw_loss"] == pytest.approx(one["raw_loss"], rel=1e-5)
+
+
+def test_processes_that_bypass_the_wrapper_train_another_network(weights, tmp_path):
+    """What the test above would see: gradients that stay local."""
+    five_steps(ONE, weights, tmp_path / "one")
+    bypass = tmp_path / "bypass.py"
+    bypass.write_text(
+        "import runpy, sys, torch\n"
+        "torch.nn.parallel.DistributedDataParallel.forward = lambda self, *x, **y: self.module(*x, **y)\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    five_steps([*TORCHRUN, str(bypass)], weights, tmp_path / "two")
+    assert apart(tmp_path / "one/step-00000001", tmp_path / "two/step-00000001")["gradient"] > 1e-2
+
+
+def test_run_goes_on_with_another_number_of_processes(weights, tmp_path):
+    """10 steps on 1 process, against 5 on 2 and 5 on 1."""
+    flags = ["--steps", "10", "--lr", RATE, "--checkpoint-every", "5", "--init-from", str(weights)]
+    finish(start(*ONE, *DIGITS, *flags, "--out", str(tmp_path / "one")))
+    finish(start(*TWO, *DIGITS, *flags, "--out", str(tmp_path / "two")))
+    (tmp_path / "two/step-00000010").rename(tmp_path / "moved")
+    text = finish(start(*ONE, *DIGITS, *flags, "--out", str(tmp_path / "two")))
+    assert "resumes after step 5 of 10" in text
+    difference = apart(tmp_path / "one/step-00000010", tmp_path / "two/step-00000010")
+    print(difference)
+    assert difference["model"] < 1e-6 and difference["ema/0.95"] < 1e-6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_the_step_on_both_processes_and_leaves(number, tmp_path):
+    launch = [*TORCHRUN, "--signals-to-handle=SIGTERM,SIGUSR1"]
+    out = tmp_path / "run"
+    running = start(*launch, *DIGITS, "--steps", "100000", "--out", str(out))
+    while running.poll() is None and not (out / "log.jsonl").exists():
+        time.sleep(0.1)
+    time.sleep(1)
+    running.send_signal(number)
+    begin = time.perf_counter()
+    text = finish(running, code=None)
+    assert time.perf_counter() - begin < 30 and running.returncode != 0
+    saved = [path.name for path in out.glob("step-*")]
+    assert len(saved) == 1, text
+    step = int(saved[0][5:])
+    assert f"a signal asked to stop: saved after step {step}" in text
+    assert read_log(out / "log.jsonl")[-1]["step"] == step
+    again = start(*TWO, *DIGITS, "--steps", str(100000), "--out", str(out))
+    while again.poll() is None and read_log(out / "log.jsonl")[-1]["step"] <= step:
+        time.sleep(0.1)
+    again.send_signal(signal.SIGTERM)
+    assert f"resumes after step {step} of 100000" in finish(again, code=None)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--lr", "1e30", "--max-skipped", "3"], "3 steps in a row had gradients that are not finite: lower --lr"),
+        (["--lr", "1", "--grace-steps", "2", "--warn-at", "2", "--halt-at", "5"], "times its running level"),
+    ],
+    ids=["not finite", "diverging"],
+)
+def test_both_processes_end_a_run_that_cannot_go_on(flags, words, weights, tmp_path):
+    out = tmp_path / "run"
+    flags = [*flags, "--steps", "200", "--init-from", str(weights), "--out", str(out)]
+    text = finish(start(*TWO, *DIGITS, *flags), code=None)
+    assert words in text and "not saved" in text
+    assert not list(out.glob("step-*")) and DIVERGED == 3
+
+
+SHARDED = """if True:
+    import sys, torch, torch.distributed as dist
+    from safetensors.torch import save_file
+    from torch.distributed.fsdp import fully_shard
+    from meanflow.jvp import support_fsdp2
+    from meanflow.objective import MeanFlow, MeanFlowConfig
+    from meanflow.time import make_draws, order_slots
+    from models.dit import DiT
+
+    weights, out, sharded = sys.argv[1], sys.argv[2], "RANK" in __import__("os").environ
+    rank, world = 0, 1
+    if sharded:
+        dist.init_process_group("gloo")
+        rank, world = dist.get_rank(), dist.get_world_size()
+        support_fsdp2()
+    net = DiT.from_pretrained(weights)
+    objective = MeanFlow(net, MeanFlowConfig(meanflow_ratio=0.5, omega=1.0, kappa=0.5))
+    if sharded:
+        for block in net.blocks:
+            fully_shard(block)
+        fully_shard(objective)
+    optimizer = torch.optim.Adam(objective.parameters(), 2e-6)
+    whole = lambda tensor: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    saved = {}
+    for step in range(5):
+        slots = order_slots(objective.config, range(16 * step + 8 * rank, 16 * step + 8 * rank + 16 // world), 16)
+        everything = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(step))
+        x = everything[[slot % 16 for slot in slots]]
+        y = torch.tensor([slot % 10 for slot in slots])
+        objective(x, y, make_draws(objective.config, (1, 8, 8), 0, slots, 16)).loss.backward()
+        if step == 0:
+            saved |= {f"gradient.{name}": whole(p.grad) for name, p in net.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+    saved |= {f"weight.{name}": whole(p.detach()) for name, p in net.named_parameters()}
+    if rank == 0:
+        save_file({name: value.clone().contiguous() for name, value in saved.items()}, out)
+    if sharded:
+        dist.destroy_process_group()
+"""
+
+
+def test_objective_under_fully_shard_gives_the_gradients_of_one_process(weights, tmp_path):
+    """FSDP2 by torch itself, of blocks and root, on gloo: the first gradient and the weights after 5 steps, to 1e-6."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    for name, launch in (("one", [sys.executable]), ("two", TORCHRUN)):
+        command = [*launch, str(tmp_path / "sharded.py"), str(weights), str(tmp_path / name)]
+        shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+    one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
+    for kind in ("gradient", "weight"):
+        a, b = (
+            torch.cat([x[name].flatten() for name in sorted(one) if name.startswith(kind)]).double() for x in (one, two)
+        )
+        assert (a - b).norm() < 1e-6 * a.norm(), kind
