@@ -47,13 +47,10 @@ DIGITS += ["--objective.class-dropout-prob", "0.1", "--schedule", "constant", "-
 @pytest.mark.parametrize(
     "launch, processes, recipe",
     [
-        (ONE, 1, [*DIGITS, "--steps", "2"]),
-        (TWO, 2, [*DIGITS, "--steps", "2"]),
-        (TORCHRUN, 2, [*DIGITS, "--steps", "2"]),
         (TWO, 2, ["recipes/imagenet_ditxl.py", "--smoke"]),
         (TORCHRUN, 2, ["recipes/imagenet_ditxl.py", "--smoke"]),
     ],
-    ids=["accelerate 1", "accelerate 2", "torchrun 2", "accelerate 2 smoke", "torchrun 2 smoke"],
+    ids=["accelerate 2 smoke", "torchrun 2 smoke"],
 )
 def test_launched_processes_share_one_run(launch, processes, recipe, tmp_path):
     text = finish(start(*launch, *recipe, "--out", str(tmp_path / "run")))
@@ -79,9 +76,8 @@ def test_two_nodes_on_this_machine_share_one_run(tmp_path):
     assert [line["step"] for line in read_log(tmp_path / "run/log.jsonl")] == [1, 2]
 
 
-@pytest.mark.parametrize("flags", [["--cpu", "--num_processes=2"], ["--use_cpu", "--num_processes=2"]])
-def test_launch_that_silently_starts_one_process_of_two_is_refused(flags, tmp_path):
-    launch = [str(BIN / "accelerate"), "launch", "-q", *flags]
+def test_launch_that_silently_starts_one_process_of_two_is_refused(tmp_path):
+    launch = [str(BIN / "accelerate"), "launch", "-q", "--cpu", "--num_processes=2"]
     text = finish(start(*launch, *DIGITS, "--steps", "2", "--out", str(tmp_path / "run")), code=None)
     assert "asked for several processes and started one: add --multi_gpu" in text
     assert not (tmp_path / "run").exists()
@@ -127,7 +123,8 @@ def test_one_process_two_and_two_with_accumulation_train_the_same_network(weight
     """The first step's whole gradient, and weights and average after 5 steps, to 1e-6."""
     five_steps(ONE, weights, tmp_path / "one")
     for name, flags in (("two", ()), ("accumulated", ("--accumulation-steps", "2"))):
-        five_steps(TWO, weights, tmp_path / name, *flags)
+        text = five_steps(TWO, weights, tmp_path / name, *flags)
+        assert f"x 2 processes x {1 + len(flags) // 2} accumulation" in text and text.count("network   DiT") == 1
         first = apart(tmp_path / "one/step-00000001", tmp_path / name / "step-00000001")
         last = apart(tmp_path / "one/step-00000005", tmp_path / name / "step-00000005")
         print(name, first, last)
@@ -165,15 +162,14 @@ def test_run_goes_on_with_another_number_of_processes(weights, tmp_path):
     assert difference["model"] < 1e-6 and difference["ema/0.95"] < 1e-6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_saves_the_step_on_both_processes_and_leaves(number, tmp_path):
+def test_sigterm_saves_the_step_on_both_processes_and_leaves(tmp_path):
     launch = [*TORCHRUN, "--signals-to-handle=SIGTERM,SIGUSR1"]
     out = tmp_path / "run"
     running = start(*launch, *DIGITS, "--steps", "100000", "--out", str(out))
     while running.poll() is None and not (out / "log.jsonl").exists():
         time.sleep(0.1)
     time.sleep(1)
-    running.send_signal(number)
+    running.send_signal(signal.SIGTERM)
     begin = time.perf_counter()
     text = finish(running, code=None)
     assert time.perf_counter() - begin < 30 and running.returncode != 0
@@ -193,7 +189,7 @@ def test_signal_saves_the_step_on_both_processes_and_leaves(number, tmp_path):
     "flags, words",
     [
         (["--lr", "1e30", "--max-skipped", "3"], "3 steps in a row had gradients that are not finite: lower --lr"),
-        (["--lr", "1", "--grace-steps", "2", "--warn-at", "2", "--halt-at", "5"], "times its running level"),
+        (["--lr", "0.3", "--grace-steps", "1"], "times its running level"),
     ],
     ids=["not finite", "diverging"],
 )
@@ -201,8 +197,8 @@ def test_both_processes_end_a_run_that_cannot_go_on(flags, words, weights, tmp_p
     out = tmp_path / "run"
     flags = [*flags, "--steps", "200", "--init-from", str(weights), "--out", str(out)]
     text = finish(start(*TWO, *DIGITS, *flags), code=None)
-    assert words in text and "not saved" in text
-    assert not list(out.glob("step-*")) and DIVERGED == 3
+    assert words in text and "not saved" in text and f"exitcode  : {DIVERGED} " in text
+    assert not list(out.glob("step-*"))
 
 
 SHARDED = """if True:

@@ -251,13 +251,14 @@ def test_full_disk_while_saving_is_said_and_the_run_goes_on(recipe, capfd):
         subprocess.run(["umount", recipe.out], check=True)
 
 
-def test_sigterm_saves_the_step_and_leaves_with_its_code(recipe):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_saves_the_step_and_leaves_with_its_code(number, recipe):
     long = replace(recipe, steps=100_000, checkpoint_every=100_000, schedule="constant", log_every=1)
     child = multiprocessing.get_context("fork").Process(target=train, args=(long,))
     child.start()
     while child.is_alive() and not (long.out / "log.jsonl").exists():
         time.sleep(0.02)
-    os.kill(child.pid, signal.SIGTERM)
+    os.kill(child.pid, number)
     child.join(30)
     assert child.exitcode == STOPPED
     (folder,) = checkpoint.checkpoints(long.out)
