@@ -10,7 +10,7 @@ demo: .venv
 	.venv/bin/python tools/digits_report.py runs/digits --flow runs/digits-flow
 
 test: .venv lint
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --dist worksteal
 
 lint: .venv
 	.venv/bin/ruff check

@@ -175,6 +175,14 @@ def choose(recipe: TrainConfig) -> Path | None:
     return folder
 
 
+def saved_step(folder: Path) -> int:
+    """The step after which a checkpoint was saved."""
+    try:
+        return json.loads((folder / "step.json").read_text())["step"]
+    except (OSError, ValueError, KeyError):
+        raise ValueError(f"{folder / 'step.json'} is missing or damaged") from None
+
+
 def verify(folder: Path) -> None:
     """Compares a checkpoint's files with its checksums.
 

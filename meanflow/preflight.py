@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from diffusers import ModelMixin
 
-from meanflow.checkpoint import check_folder, checkpoints, choose
+from meanflow.checkpoint import check_folder, checkpoints, choose, saved_step
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.data import Data, SlotBatches, load_data
 from meanflow.latents import EncodedImages
@@ -84,7 +84,7 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
     made_by = f" by {recipe.vae}" if recipe.vae else ""
     made_by += ", encoded at each step" if isinstance(data, EncodedImages) else ""
     begins = f"the weights of {recipe.init_from}" if recipe.init_from else "fresh weights"
-    resumes = f"after step {int(start.name[5:]):,}, from {start}" if start else f"nothing: from {begins}"
+    resumes = f"after step {saved_step(start):,}, from {start}" if start else f"nothing: from {begins}"
     return "\n".join(
         f"  {name:10}{value}"
         for name, value in {

@@ -91,6 +91,7 @@ def test_what_resumes_is_said(tmp_path):
     data = load_data(recipe)
     assert "resumes   nothing: from fresh weights" in preflight(recipe, data, 1)
     (tmp_path / "run/step-00000001").mkdir(parents=True)
+    (tmp_path / "run/step-00000001/step.json").write_text('{"step": 1}')
     assert f"resumes   after step 1, from {tmp_path / 'run/step-00000001'}" in preflight(recipe, data, 1)
 
 
