@@ -89,6 +89,7 @@ def test_launched_recipe_trains_resumes_and_refuses_another_recipe(tmp_path):
     assert "Traceback" not in shown.stderr
 
 
+@pytest.mark.slow
 def test_report_says_which_run_is_missing(tmp_path):
     shown = python("tools/digits_report.py", str(tmp_path / "a"), "--flow", str(tmp_path / "b"))
     assert shown.returncode != 0 and f"{tmp_path / 'a'} has no checkpoint" in shown.stderr
@@ -197,6 +198,7 @@ def test_full_size_ditb4_takes_three_steps_here_within_memory(tmp_path):
     assert float(shown.stdout.split("peak")[1]) < 8 * 2**30
 
 
+@pytest.mark.slow
 def test_a_recipe_without_its_data_says_how_to_make_them(tmp_path):
     """Before anything is written."""
     shown = python("recipes/imagenet_ditxl.py", "--data", "./nowhere", "--out", str(tmp_path / "run"))
