@@ -165,9 +165,7 @@ class Trainer:
 
     def skip_unless_finite(self, norm: Tensor) -> None:
         """Lets the optimiser's fused kernel skip this step if the gradient is not finite, without waiting for it."""
-        optimizer = self.optimizer.optimizer
-        optimizer.grad_scale = torch.ones((), device=norm.device)
-        optimizer.found_inf = (~norm.isfinite()).float()
+        self.optimizer.optimizer.found_inf = (~norm.isfinite()).float()
 
     def leave(self, stop: Stop | None, saved: bool, step: int) -> None:
         accelerator, out = self.accelerator, self.recipe.out

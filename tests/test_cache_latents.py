@@ -108,7 +108,9 @@ def test_unreadable_images_end_the_work_unless_they_may_be_skipped(options, phot
     cache(replace(options, skip_unreadable=True))  # goes on where it stopped
     facts = read_facts(options.out)
     assert facts["count"] == 11 and facts["count_per_class"] == [6, 5]
+    cache(replace(options, skip_unreadable=True))
     shown = capfd.readouterr()
+    assert "is finished already" in shown.out
     assert "1 images skipped" in shown.out and "skipped: " in shown.err and "flower/002.jpg" in shown.err
 
 

@@ -213,6 +213,8 @@ def data(options: Data) -> list[dict]:
             return self.latents.read(indices, [0] * len(indices)), self.latents.labels[indices]
 
     class Pickles:
+        """What we are compared with; it reads nothing but what was pickled below, in this process."""
+
         def __init__(self, environment):
             self.transaction = environment.begin(buffers=True)
 

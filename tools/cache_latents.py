@@ -51,20 +51,13 @@ def check(options: Options) -> None:
         raise ValueError("images must be given: a folder, a parquet or arrow file, a Hub id or random:COUNT")
 
 
-class Shards:
-    """Batches of a process's unfinished shards, for a DataLoader: lists of image indices, none across two shards."""
-
-    def __init__(self, shards: list[int], count: int, options: Options):
-        self.batches = []
-        for shard in shards:
-            rows = range(shard * options.shard_size, min((shard + 1) * options.shard_size, count))
-            self.batches += [rows[i : i + options.batch_size] for i in range(0, len(rows), options.batch_size)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
+def batches(shards: list[int], count: int, options: Options) -> list[range]:
+    """The image indices of these shards in batches, none across two shards: so a shard is the same in any start."""
+    found = []
+    for shard in shards:
+        rows = range(shard * options.shard_size, min((shard + 1) * options.shard_size, count))
+        found += [rows[i : i + options.batch_size] for i in range(0, len(rows), options.batch_size)]
+    return found
 
 
 class Readable:
@@ -107,7 +100,8 @@ def cache(options: Options) -> None:
     num_shards = -(-len(images) // options.shard_size)
     unfinished = [None]
     if main:
-        settings = {**images.facts, **vae_facts(vae, options.vae), "shape": shape, "images": len(images)}
+        settings = {**images.facts, **vae_facts(vae, options.vae), "shape": shape}
+        settings["images"] = settings.pop("count")  # some may be skipped: the cache has a count of its own
         unfinished[0] = [shard for shard in range(num_shards) if not is_finished(options.out, shard)]
         if not (options.out / "latents.json").exists():
             check_disk(options.out, 2 * math.prod(shape) * min(len(images), len(unfinished[0]) * options.shard_size))
@@ -118,10 +112,9 @@ def cache(options: Options) -> None:
         return accelerator.print(f"{options.out} is finished already; --verify checks it")
 
     todo = unfinished[0][rank::world]
-    loader = DataLoader(
-        Readable(images), batch_sampler=Shards(todo, len(images), options), num_workers=options.workers, collate_fn=list
-    )
-    total = sum(map(len, loader.batch_sampler))
+    rows_to_do = batches(todo, len(images), options)
+    loader = DataLoader(Readable(images), batch_sampler=rows_to_do, num_workers=options.workers, collate_fn=list)
+    total = sum(map(len, rows_to_do))
     bar = tqdm(total=total, unit="image", desc=f"process {rank} of {world}", disable=not main, mininterval=1)
     moments, labels, begin = [], [], time.perf_counter()
     for batch in loader:
