@@ -2,7 +2,7 @@
 
 model/      the network: config.json and safetensors, as diffusers' save_pretrained writes them
 ema/0.9999/ the averaged network, likewise, one folder per decay
-state/      the optimiser, as Accelerate's save_state writes it
+optimizer.safetensors: the optimiser's moments, by the names of the weights
 recipe.json, data.json, step.json: what was trained on what for how long
 checksums.json: of all the others
 """
@@ -13,13 +13,26 @@ import os
 import shutil
 import socket
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.ema import Averages
@@ -32,6 +45,8 @@ FREE = {"out", "accumulation_steps", "log_every", "sample_every", "checkpoint_ev
 FREE |= {"data", "vae", "verify", "dry_run", "resume", "activation_checkpointing"}
 FREE |= {"warn_at", "halt_at", "grace_steps", "max_skipped"}
 CHECKSUMS = "checksums.json"
+OPTIMIZER = "optimizer.safetensors"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process, wherever the shards are
 PLACES = {"source", "vae", "vae_revision", "meanflow"}
 
 
@@ -91,6 +106,7 @@ def save(
     progress: dict,
     net: ModelMixin,
     averages: Averages,
+    optimizer: Optimizer,
 ) -> bool:
     """Saves under a temporary name, renames when all is on the disk, and prunes to recipe.keep.
 
@@ -103,19 +119,22 @@ def save(
     def begin() -> None:
         if accelerator.is_main_process:
             remove_temporary(recipe.out)
-            net.save_pretrained(temporary / "model")
-            for decay, average in averages.items():
-                average.save_pretrained(temporary / "ema" / str(decay))
+            temporary.mkdir(parents=True)
             for name, fields in (("recipe", recipe_fields(recipe)), ("data", facts), ("step", progress)):
                 (temporary / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n")
 
-    def state() -> None:
-        # The weights are in model/ already: the hook empties the list that Accelerate would write.
-        hook = accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-        try:
-            accelerator.save_state(temporary / "state", safe_serialization=True)
-        finally:
-            hook.remove()
+    def save_network(source: Module, place: str) -> None:
+        weights = get_model_state_dict(source, options=WHOLE)  # by all processes
+        if accelerator.is_main_process:
+            with torch.device("meta"):
+                whole = type(net).from_config(net.config)
+            whole.load_state_dict(weights, assign=True)
+            whole.save_pretrained(temporary / place)
+
+    def save_moments() -> None:
+        values = moments(net, optimizer)
+        if accelerator.is_main_process:
+            save_file(values, temporary / OPTIMIZER)
 
     def finish() -> None:
         if accelerator.is_main_process:
@@ -132,13 +151,21 @@ def save(
                 old.rename(recipe.out / f".{old.name}.tmp")  # a kill amid its removal must not leave half in sight
             remove_temporary(recipe.out)
 
-    for part in (begin, state, finish):
+    networks = {"model": net, **{f"ema/{decay}": average for decay, average in averages.items()}}
+    saves = [partial(save_network, source, place) for place, source in networks.items()]
+    for part in (begin, *saves, save_moments, finish):
         if (error := together(accelerator, part)) is not None:
             if accelerator.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
             accelerator.print(f"{folder} could not be saved, the older checkpoints stay: {error}", file=sys.stderr)
             return False
     return True
+
+
+def moments(net: Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors as WEIGHT.exp_avg and the like, on the main process. By all processes."""
+    state = get_optimizer_state_dict(net, optimizer, options=WHOLE).get("state", {})
+    return {f"{weight}.{name}": value for weight, values in state.items() for name, value in values.items()}
 
 
 def together(accelerator: Accelerator, part: Callable[[], None]) -> str | None:
@@ -200,22 +227,29 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{folder / name} is missing or damaged{advice}")
 
 
-def load(accelerator: Accelerator, recipe: TrainConfig, net: ModelMixin, averages: Averages) -> dict:
-    """Restores the checkpoint of `choose` and returns its step.json; step 0 if there is none."""
-    folder = choose(recipe)
-    if folder is None:
-        return {"step": 0}
-    if accelerator.is_main_process and folder.parent.resolve() == recipe.out.resolve():
-        for later in checkpoints(recipe.out):
-            if later.name > folder.name:  # the user went back: what is newer must not be the newest again
-                later.rename(later.with_name(f"{later.name}.left"))
+def load_networks(folder: Path, net: ModelMixin, averages: Averages) -> None:
+    """Restores the weights and their averages, before they are sharded."""
     for target, source in [(net, "model"), *((average, f"ema/{decay}") for decay, average in averages.items())]:
         target.load_state_dict(type(net).from_pretrained(folder / source).state_dict())
-    hook = accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-    accelerator.load_state(folder / "state")
-    accelerator.step = 0  # the micro-steps of another accumulation
-    hook.remove()
-    return json.loads((folder / "step.json").read_text())
+
+
+def load_moments(folder: Path, net: Module, optimizer: Optimizer) -> None:
+    """Restores the optimiser, after the weights are sharded, or not."""
+    options = StateDictOptions(full_state_dict=True)
+    values = get_optimizer_state_dict(net, optimizer)
+    values["state"] = defaultdict(dict)
+    for key, value in load_file(folder / OPTIMIZER).items():
+        weight, name = key.rsplit(".", 1)
+        values["state"][weight][name] = value
+    set_optimizer_state_dict(net, optimizer, values, options=options)
+
+
+def go_back(out: Path, folder: Path) -> None:
+    """Renames the checkpoints newer than folder, one of them: they must not be the newest again."""
+    if folder.parent.resolve() == out.resolve():
+        for later in checkpoints(out):
+            if later.name > folder.name:
+                later.rename(later.with_name(f"{later.name}.left"))
 
 
 def init_weights(net: ModelMixin, source: str) -> None:

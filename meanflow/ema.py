@@ -10,8 +10,15 @@ class Averages:
     def __init__(self, net: nn.Module, decays: tuple[float, ...]):
         self.nets = {
             # ema-pytorch's own defaults average every 10th step, after the 100th, and keep the online net inside.
+            # Buffers are copied: sharded weights and whole buffers cannot be averaged in one call.
             decay: EMA(
-                net, beta=decay, update_every=1, update_after_step=0, include_online_model=False, use_foreach=True
+                net,
+                beta=decay,
+                update_every=1,
+                update_after_step=0,
+                include_online_model=False,
+                use_foreach=True,
+                param_or_buffer_names_no_ema={name for name, _ in net.named_buffers()},
             )
             for decay in decays
         }

@@ -65,6 +65,7 @@ class MeanFlow(nn.Module):
     def __init__(self, net: nn.Module, config: MeanFlowConfig):
         super().__init__()
         self.net, self.config = net, config
+        self._no_split_modules = getattr(net, "_no_split_modules", None)  # what FSDP gathers at once
         weights = None if config.channel_weights is None else torch.tensor(config.channel_weights)
         self.register_buffer("channel_weights", weights, persistent=False)
 

@@ -35,9 +35,9 @@ def total_steps(recipe: TrainConfig, data: Data) -> int:
     return recipe.steps or math.ceil(recipe.epochs * len(data) / recipe.global_batch)
 
 
-def memory(recipe: TrainConfig, net: ModelMixin) -> dict[str, int]:
+def memory(recipe: TrainConfig, net: ModelMixin, shards: int = 1) -> dict[str, int]:
     """Bytes that a process holds between steps, activations aside; all is float32."""
-    weights = sum(p.numel() * 4 for p in net.parameters())
+    weights = sum(p.numel() * 4 for p in net.parameters()) // shards
     return {"weights": weights, "gradients": weights, "Adam": 2 * weights, "averages": weights * len(recipe.ema_decay)}
 
 
@@ -78,7 +78,8 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
             "more: make room, lower --keep, or choose another --out"
         )
 
-    parts = memory(recipe, net)
+    shards = num_processes if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
+    parts = memory(recipe, net, shards)
     held = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
     classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
     made_by = f" by {recipe.vae}" if recipe.vae else ""
@@ -95,7 +96,8 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
             f"steps; {num_meanflow(objective, G)} of {G} with r != t",
             "length": f"{total:,} steps = {total * G / len(data):,.6g} epochs",
             "guidance": guidance_in_words(objective),
-            "memory": f"{gib(sum(parts.values()))} a process: {held}; activations come on top",
+            "memory": f"{gib(sum(parts.values()))} a process: {held}; activations come on top"
+            f"{' and the weights of two blocks' if shards > 1 else ''}",
             "disk": f"a checkpoint {gib(size)}, at most {at_once} at once; {gib(free)} free in {recipe.out}",
             "resumes": resumes,
         }.items()

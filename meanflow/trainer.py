@@ -3,17 +3,20 @@
 import json
 import math
 import os
+import secrets
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, send_to_device, set_seed
-from diffusers import ModelMixin
-from torch import Tensor
+from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object, send_to_device, set_seed
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -23,6 +26,7 @@ from meanflow.data import Data, load_data, make_loader
 from meanflow.ema import Averages
 from meanflow.files import write_whole
 from meanflow.guard import Guard, Stop
+from meanflow.jvp import support_fsdp2
 from meanflow.latents import EncodedImages, Latents, verify, write_random
 from meanflow.objective import MeanFlow, average_velocity
 from meanflow.pictures import save_curves, save_grid
@@ -51,7 +55,9 @@ class Trainer:
         if self.accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
             raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched that do not know of each other")
         if self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("FSDP is not supported yet, since averages and checkpoints are not sharded: use multi_gpu")
+            self.prepare_sharding()
+        elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise ValueError("FSDP was asked for, but Accelerate shards on several GPUs alone: use another config")
         set_seed(recipe.seed)
         if recipe.smoke and recipe.vae:
             recipe = self.recipe = self.with_random_latents(recipe)
@@ -59,7 +65,8 @@ class Trainer:
         self.total = total_steps(recipe, self.data)
         self.accelerator.print(preflight(recipe, self.data, self.accelerator.num_processes))
         self.verify_latents()
-        if (start := checkpoint.choose(recipe)) is not None:
+        self.start = start = checkpoint.choose(recipe)
+        if start is not None:
             self.on_main(lambda: checkpoint.verify(start))
         self.net = make_net(recipe, self.data)
         if recipe.init_from and start is None:
@@ -68,8 +75,13 @@ class Trainer:
         if recipe.activation_checkpointing:
             self.net.enable_gradient_checkpointing()
         self.averages = Averages(self.net, recipe.ema_decay)
+        if start is not None:
+            checkpoint.load_networks(start, self.net, self.averages)
         optimizer = torch.optim.Adam(self.net.parameters(), recipe.lr, recipe.betas, fused=True)
         self.objective, self.optimizer = self.accelerator.prepare(MeanFlow(self.net, recipe.objective), optimizer)
+        if self.accelerator.is_fsdp2:
+            for _, average in self.averages.items():
+                fsdp2_prepare_model(self.accelerator, average)
         self.on_main(self.claim)
 
     def claim(self) -> None:
@@ -107,9 +119,9 @@ class Trainer:
             SystemExit: with a code of meanflow.guard, when something ends the run before; all processes leave together.
         """
         recipe, accelerator, net, optimizer = self.recipe, self.accelerator, self.net, self.optimizer
-        progress = checkpoint.load(accelerator, recipe, net, self.averages)
+        progress = self.restore()
         step = progress["step"]
-        log = Log(accelerator, recipe, step, progress.get("log", []))
+        log = Log(accelerator, recipe, progress)
         if step:
             accelerator.print(f"{recipe.out}: resumes after step {step} of {self.total}")
         bar = tqdm(total=self.total, initial=step, unit="step", disable=not accelerator.is_main_process, mininterval=1)
@@ -123,11 +135,13 @@ class Trainer:
                 if isinstance(self.data, EncodedImages):
                     x = self.data.encode(*x)
                 with accelerator.accumulate(self.objective):
-                    out = self.objective(x, y, draws)
+                    with accelerator.autocast():
+                        out = self.objective(x, y, draws)
                     accelerator.backward(out.loss)
                     if accelerator.sync_gradients:
                         limit = recipe.max_grad_norm or math.inf
                         norm = accelerator.clip_grad_norm_(self.objective.parameters(), limit)
+                        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                         self.skip_unless_finite(norm)
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(recipe, step, self.total)
@@ -148,15 +162,37 @@ class Trainer:
                 if step % recipe.checkpoint_every == 0 or last or (stop and stop.save):
                     stop = stop or guard.decide()
                     if not stop or stop.save:
-                        progress = {"step": step, **guard.state, "log": log.state()}
-                        saved = checkpoint.save(accelerator, recipe, self.data.facts, progress, net, self.averages)
-                if (step % recipe.sample_every == 0 or last) and accelerator.is_main_process:
-                    draw_samples(recipe, self.data, self.averages[recipe.ema_decay[0]], accelerator.device, step)
+                        progress = {"step": step, **guard.state, **log.state()}
+                        trained = (net, self.averages, optimizer.optimizer)
+                        saved = checkpoint.save(accelerator, recipe, self.data.facts, progress, *trained)
+                if step % recipe.sample_every == 0 or last:
+                    draw_samples(recipe, self.data, self.averages[recipe.ema_decay[0]], accelerator, step)
                     log.draw()
                 if stop:
                     break
         bar.close()
         self.leave(stop, saved, step)
+
+    def prepare_sharding(self) -> None:
+        """For FSDP2. Accelerate would round the inputs to bfloat16, so the times: autocast does it where it may."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "FSDP must be of fsdp_version 2, with fsdp_cpu_ram_efficient_loading false: see "
+                "accelerate_configs/fsdp2.yaml"
+            )
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        warnings.filterwarnings("ignore", ".*returned a view tensor")  # a tensor with its tangent is one
+        support_fsdp2()
+
+    def restore(self) -> dict:
+        """Restores what the constructor did not, and returns the checkpoint's step.json; step 0 if there is none."""
+        if self.start is None:
+            return {"step": 0}
+        if self.accelerator.is_main_process:
+            checkpoint.go_back(self.recipe.out, self.start)
+        checkpoint.load_moments(self.start, self.net, self.optimizer.optimizer)
+        return json.loads((self.start / "step.json").read_text())
 
     def seed_network(self, micro_step: int) -> None:
         """For the network's own randomness, such as dropout: so no generator's state need be saved."""
@@ -203,8 +239,11 @@ def learning_rate(recipe: TrainConfig, step: int, total: int) -> float:
 
 
 @torch.no_grad()
-def draw_samples(recipe: TrainConfig, data: Data, net: ModelMixin, device: torch.device, step: int) -> None:
-    """Writes samples/step-....png: one-step samples, a column per class; of fixed pairs, their images again."""
+def draw_samples(recipe: TrainConfig, data: Data, net: nn.Module, accelerator: Accelerator, step: int) -> None:
+    """Writes samples/step-....png: one-step samples, a column per class; of fixed pairs, their images again.
+
+    All processes draw the same, since the network may be sharded.
+    """
     columns = min(data.num_classes, 10) or 8
     rows = 8 if data.shape[-1] <= 16 else 4
     if recipe.fixed_noise:
@@ -214,25 +253,30 @@ def draw_samples(recipe: TrainConfig, data: Data, net: ModelMixin, device: torch
         y = torch.linspace(0, data.num_classes - 1, columns).long().repeat(rows)
     else:
         y = None
-    e = noise(recipe.seed, range(len(y) if y is not None else columns * rows), data.shape).to(device)
-    y = y if y is None else y.to(device)
+    e = noise(recipe.seed, range(len(y) if y is not None else columns * rows), data.shape).to(accelerator.device)
+    y = y if y is None else y.to(accelerator.device)
     x = sample(lambda z, t, r: average_velocity(net, recipe.objective, z, t, r, y), e)
-    save_grid(data.to_pixels(x), recipe.out / "samples" / f"step-{step:08d}.png", columns)
+    if accelerator.is_main_process:
+        save_grid(data.to_pixels(x), recipe.out / "samples" / f"step-{step:08d}.png", columns)
 
 
 class Log:
     """log.jsonl, loss.png and the trackers: one line holds the means since the line before."""
 
-    def __init__(self, accelerator: Accelerator, recipe: TrainConfig, step: int, state: list[dict]):
+    def __init__(self, accelerator: Accelerator, recipe: TrainConfig, progress: dict):
         self.accelerator, self.recipe, self.path = accelerator, recipe, recipe.out / "log.jsonl"
         self.sums: dict[str, tuple[Tensor, int]] = {}
-        self.restore(state)
-        self.step, self.start = step, time.perf_counter()
+        self.restore(progress.get("log", []))
+        self.step, self.start = progress["step"], time.perf_counter()
+        self.run_id = progress.get("run_id", secrets.token_hex(4))
         if recipe.track:
             fields = checkpoint.flatten(checkpoint.recipe_fields(recipe))
-            accelerator.init_trackers(recipe.out.name, {name: str(value) for name, value in fields.items()})
+            again = {"wandb": {"id": self.run_id, "resume": "allow"}}
+            again |= {"trackio": {"name": self.run_id, "resume": "allow"}}  # tensorboard's is the folder
+            config = {name: str(value) for name, value in fields.items()}
+            accelerator.init_trackers(recipe.out.name, config, {name: again.get(name, {}) for name in recipe.track})
         if accelerator.is_main_process and self.path.exists():  # forget what the resumed run will do again
-            kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= step]
+            kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= self.step]
             write_whole(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:
@@ -241,9 +285,10 @@ class Log:
             total, count = self.sums.get(name, (0, 0))
             self.sums[name] = (total + value, count + 1)
 
-    def state(self) -> list[dict]:
-        """The sums since the last line, of each process."""
-        return gather_object([{name: (total.tolist(), count) for name, (total, count) in self.sums.items()}])
+    def state(self) -> dict:
+        """What a checkpoint keeps: the trackers' run, and the sums since the last line, of each process."""
+        sums = gather_object([{name: (total.tolist(), count) for name, (total, count) in self.sums.items()}])
+        return {"run_id": self.run_id, "log": sums}
 
     def restore(self, state: list[dict]) -> None:
         """Goes on with this process's sums; with the mean of all, if they were more or fewer then."""

@@ -117,6 +117,7 @@ class DiT(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _no_split_modules = ["DiTBlock"]
 
     @register_to_config
     def __init__(
