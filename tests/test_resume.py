@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -28,13 +29,17 @@ from models import MODELS
 STEPS, EVERY = 20, 4
 
 
-@pytest.fixture
-def recipe(tmp_path) -> Iterator[TrainConfig]:
+def short_recipe(out: Path) -> TrainConfig:
     """20 steps of 24 of 400 images: an epoch ends amid a step."""
-    yield TrainConfig(
-        out=tmp_path / "run", subset=(10, 40), model="DiT-XS/8", steps=STEPS, global_batch=24, lr=1e-3,
+    return TrainConfig(
+        out=out, subset=(10, 40), model="DiT-XS/8", steps=STEPS, global_batch=24, lr=1e-3,
         ema_decay=(0.9,), log_every=3, checkpoint_every=EVERY, sample_every=1000, keep=2, schedule="cosine",
     )  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Iterator[TrainConfig]:
+    yield short_recipe(tmp_path / "run")
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -42,17 +47,33 @@ def train(recipe: TrainConfig) -> None:
     Trainer(recipe).train()
 
 
-def in_child(recipe: TrainConfig, patch: Callable[[], None] = lambda: None) -> int:
-    """Trains in a process of its own and returns its exit code; negative: the signal that killed it."""
+def in_child(recipe: TrainConfig, patch: Callable[[], None] = lambda: None, processes: int = 1) -> int:
+    """Trains in processes of its own and returns the first's exit code; negative: the signal that killed it.
 
-    def work():
-        patch()
+    The first is patched. As a launcher does, it kills the others when one ends otherwise than well.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank: int):
+        if processes > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if rank == 0:
+            patch()
         train(recipe)
 
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    child.join()
-    return child.exitcode
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=work, args=(rank,)) for rank in range(processes)]
+    for child in children:
+        child.start()
+    children[0].join()
+    for child in children[1:]:
+        child.join(30 if children[0].exitcode == 0 else 0)
+        child.kill()
+        child.join()
+    return children[0].exitcode
 
 
 def everything(out: Path) -> dict:
@@ -125,20 +146,26 @@ KILLS = {
 }
 
 
-@pytest.mark.slow
-def test_run_killed_in_any_phase_goes_on_bit_for_bit(recipe):
-    """Weights, average, optimiser and log (each step once) of a run that was not, and every checkpoint reads."""
+def kill_in_phases(recipe: TrainConfig, phases: list[str], processes: int) -> None:
+    """Weights, average, optimiser and log (each step once) of a run that was not killed; every checkpoint reads."""
     straight = replace(recipe, out=recipe.out.with_name("straight"))
-    assert in_child(straight) == 0
+    assert in_child(straight, processes=processes) == 0
     expected = everything(straight.out)
-    for number, (name, patch) in enumerate(KILLS.items()):
+    for number, name in enumerate(phases):
         run = replace(recipe, out=recipe.out.with_name(f"killed-{number}"))
-        assert in_child(run, patch) == -signal.SIGKILL, name
+        assert in_child(run, KILLS[name], processes) == -signal.SIGKILL, name
         for folder in checkpoint.checkpoints(run.out):
             checkpoint.verify(folder)
-        assert in_child(run) == 0, name
+        assert in_child(run, processes=processes) == 0, name
         assert_same(everything(run.out), expected)
         assert not list(run.out.glob(".step*")), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_run_killed_in_any_phase_goes_on_bit_for_bit(processes, recipe):
+    """Half of the phases each; `python tests/test_resume.py 100 FOLDER` has all of them for both."""
+    kill_in_phases(recipe, list(KILLS)[processes - 1 :: 2], processes)
 
 
 def soak(kills: int, out: Path, seed: int = 0) -> None:
@@ -320,4 +347,8 @@ if __name__ == "__main__":
     import sys
 
     torch.set_num_threads(1)
-    soak(int(sys.argv[1]), Path(sys.argv[2]))
+    folder = Path(sys.argv[2])
+    for processes in (1, 2):
+        kill_in_phases(short_recipe(folder / f"{processes}" / "run"), list(KILLS), processes)
+        print(f"{processes} processes killed in {len(KILLS)} phases: the end bit for bit that of an undisturbed run")
+    soak(int(sys.argv[1]), folder)
