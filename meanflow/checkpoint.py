@@ -36,14 +36,15 @@ from torch.optim import Optimizer
 
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.ema import Averages
-from meanflow.files import checksum, sync, write_whole
+from meanflow.files import checksum, first_line, sync, write_whole
+from meanflow.hub import fetch
 from models import MODELS
 
 # What may differ between a run and its resumption, since it changes no number (accumulation: rounding alone). Where the
 # data and the VAE lie is free, too: what they are is compared.
 FREE = {"out", "accumulation_steps", "log_every", "sample_every", "checkpoint_every", "keep", "track", "workers"}
 FREE |= {"data", "vae", "verify", "dry_run", "resume", "activation_checkpointing"}
-FREE |= {"warn_at", "halt_at", "grace_steps", "max_skipped"}
+FREE |= {"push_to_hub", "push_every", "warn_at", "halt_at", "grace_steps", "max_skipped"}
 CHECKSUMS = "checksums.json"
 OPTIMIZER = "optimizer.safetensors"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process, wherever the shards are
@@ -174,7 +175,7 @@ def together(accelerator: Accelerator, part: Callable[[], None]) -> str | None:
     try:
         part()
     except Exception as exception:  # by three packages: OSError, RuntimeError, SafetensorError
-        error = (str(exception).strip() or repr(exception)).splitlines()[0]
+        error = first_line(exception)
     return next((error for error in gather_object([error]) if error is not None), None)
 
 
@@ -210,8 +211,8 @@ def saved_step(folder: Path) -> int:
         raise ValueError(f"{folder / 'step.json'} is missing or damaged") from None
 
 
-def verify(folder: Path) -> None:
-    """Compares a checkpoint's files with its checksums.
+def verify(folder: Path, part: str = "") -> None:
+    """Compares a checkpoint's files, those of a part alone if one is given, with its checksums.
 
     Raises:
         ValueError: one is missing or damaged; the message names it and the checkpoint before.
@@ -223,7 +224,7 @@ def verify(folder: Path) -> None:
     except (OSError, ValueError):
         raise ValueError(f"{folder / CHECKSUMS} is missing or damaged{advice}") from None
     for name, value in sums.items():
-        if not (folder / name).is_file() or checksum(folder / name) != value:
+        if name.startswith(part) and not ((folder / name).is_file() and checksum(folder / name) == value):
             raise ValueError(f"{folder / name} is missing or damaged{advice}")
 
 
@@ -253,18 +254,20 @@ def go_back(out: Path, folder: Path) -> None:
 
 
 def init_weights(net: ModelMixin, source: str) -> None:
-    """Gives net the weights of a checkpoint (its model, not an average), or of a folder or Hub id of such a network.
+    """Gives net the weights of a checkpoint (its model, not an average), of an exported folder or of a Hub id.
+
+    A Hub id may have a revision: ID@REVISION.
+
 
     Raises:
         ValueError: there are none, or they are of another shape.
     """
-    folder = Path(source).expanduser()
-    folder = folder / "model" if (folder / "model").is_dir() else folder
+    folder = fetch(*source.split("@", 1))
+    folder = next((folder / name for name in ("model", "net") if (folder / name).is_dir()), folder)
     try:
-        net.load_state_dict(type(net).from_pretrained(folder if folder.exists() else source).state_dict())
+        net.load_state_dict(type(net).from_pretrained(folder).state_dict())
     except Exception as error:  # of many kinds
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"init_from: {source} has no weights for this network: {reason}") from None
+        raise ValueError(f"init_from: {source} has no weights for this network: {first_line(error)}") from None
 
 
 def lock(out: Path):
@@ -285,9 +288,17 @@ def lock(out: Path):
     return file
 
 
-def load_network(folder: Path) -> tuple[ModelMixin, MeanFlowConfig]:
-    """The averaged network of a checkpoint (its first decay), for sampling, and the objective it was trained by."""
+def load_network(folder: Path, decay: float | None = None) -> tuple[ModelMixin, MeanFlowConfig]:
+    """The averaged network of a checkpoint (its first decay), for sampling, and the objective it was trained by.
+
+    Raises:
+        ValueError: there is no such average, or it is damaged.
+    """
     recipe = json.loads((folder / "recipe.json").read_text())
-    net = MODELS[recipe["model"]].func.from_pretrained(folder / "ema" / str(recipe["ema_decay"][0]))
+    decay = recipe["ema_decay"][0] if decay is None else decay
+    if decay not in recipe["ema_decay"]:
+        raise ValueError(f"ema must be one of {', '.join(map(str, recipe['ema_decay']))} for {folder}, got {decay}")
+    verify(folder, f"ema/{decay}")
+    net = MODELS[recipe["model"]].func.from_pretrained(folder / "ema" / str(decay))
     objective = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe["objective"].items()}
     return net.eval(), MeanFlowConfig(**objective)

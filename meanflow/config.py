@@ -157,7 +157,7 @@ class TrainConfig:
     resume: str = "auto"
     """auto: go on from the newest checkpoint of --out, if there is one; never: begin anew; or a checkpoint's folder"""
     init_from: str | None = None
-    """begin with the weights of this checkpoint, or of a folder or Hub id with a network of the same shape"""
+    """begin with the weights of this checkpoint, exported folder, Hub id or ID@REVISION, of a network of this shape"""
     activation_checkpointing: bool = False
     """compute the blocks' activations twice instead of keeping them: less memory, a forward more"""
     warn_at: float = 10.0
@@ -168,6 +168,10 @@ class TrainConfig:
     """optimiser steps before either"""
     max_skipped: int = 10
     """halt after so many steps in a row whose gradients are not finite; each such step is skipped"""
+    push_to_hub: str | None = None
+    """Hub id to push the pipeline to, private at first; in the background, and no fault of it is the run's"""
+    push_every: int | None = None
+    """optimiser steps between pushes, which have a checkpoint each; none: at the end alone"""
     track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """trackers that get the log's numbers, too"""
     workers: int = 0
@@ -182,7 +186,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_values(self)
         check(self.steps is not None or self.epochs is not None, "steps", self.steps, "given, or epochs")
-        for name in ("steps", "epochs", "lr", "max_grad_norm", "resolution", "scaling_factor"):
+        for name in ("steps", "epochs", "lr", "max_grad_norm", "resolution", "scaling_factor", "push_every"):
             check(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "> 0")
         for name in (
             "global_batch",
@@ -201,6 +205,7 @@ class TrainConfig:
         for name in ("betas", "ema_decay"):
             values = getattr(self, name)
             check(len(values) > 0 and all(0 <= value < 1 for value in values), name, values, "in [0, 1)")
+        check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
         unused = self.objective.guided and self.objective.class_dropout_prob == 0
         check(not unused, "objective.class_dropout_prob", 0.0, "> 0 with guidance, which reads the null class")
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from meanflow.config import TrainConfig
 from meanflow.images import ImageFiles
 from meanflow.latents import LATENTS, EncodedImages, Latents
-from meanflow.time import Draws, generator, make_draws, noise, order_slots
+from meanflow.noise import generator, noise
+from meanflow.time import Draws, make_draws, order_slots
 
 
 class Data(Protocol):

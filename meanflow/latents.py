@@ -291,11 +291,12 @@ class Latents:
         check_expected(folder, facts, recipe)
         self.shards = facts.pop("shards")
         self.shape = tuple(facts["shape"][2:])
-        self.num_classes, self.facts = len(facts["classes"]), {**facts, "normalization": recipe.normalization}
+        self.num_classes = len(facts["classes"])
         if recipe.normalization == "channel":
             shift, scale = facts["channel_mean"], [1 / std for std in facts["channel_std"]]
         else:
             shift, scale = facts["shift_factor"] or 0.0, facts["scaling_factor"]
+        self.facts = {**facts, "normalization": recipe.normalization, "latents": {"shift": shift, "scale": scale}}
         self.space = LatentSpace(shift, scale, recipe.vae)
         self.moments, labels = [], []
         for shard in self.shards:
@@ -354,8 +355,10 @@ class EncodedImages:
             raise ValueError(f"scaling_factor must be that of {recipe.vae}, {there}, got {here}")
         self.images, self.num_classes = images, images.num_classes
         self.shape = latent_shape(vae, recipe.resolution)
-        self.space = LatentSpace(vae.config.shift_factor or 0.0, vae.config.scaling_factor, vae)
+        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+        self.space = LatentSpace(shift, scale, vae)
         self.facts = {**images.facts, **vae_facts(vae, recipe.vae), "normalization": recipe.normalization}
+        self.facts["latents"] = {"shift": shift, "scale": scale}
 
     def __len__(self) -> int:
         return len(self.images)

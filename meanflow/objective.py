@@ -10,23 +10,8 @@ from torch import Tensor, nn
 from meanflow.config import MeanFlowConfig
 from meanflow.guidance import guided_velocity
 from meanflow.jvp import finite_difference, jvp
+from meanflow.sampler import average_velocity, expand
 from meanflow.time import Draws, guided_rows, num_meanflow
-
-
-def expand(t: Tensor, z: Tensor) -> Tensor:
-    """t, (B,), as (B, 1, ...) with as many axes as z."""
-    return t.view(-1, *[1] * (z.ndim - 1))
-
-
-def average_velocity(
-    net: nn.Module, config: MeanFlowConfig, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None
-) -> Tensor:
-    """u(z_t, t, r, y), like z; u(z_t, t, t, y) is the instantaneous velocity.
-
-    With prediction "x" the network returns x_hat and u = (z - x_hat) / max(t, t_min), arXiv:2601.22158.
-    """
-    out = net(z, t, t - r, y).to(z.dtype)  # from autocast back to at least float32
-    return out if config.prediction == "u" else (z - out) / expand(t.clamp(min=config.t_min), z)
 
 
 def mean_velocity_target(

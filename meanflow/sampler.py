@@ -1,4 +1,7 @@
-"""Samplers: from noise e at t = 1 to data at t = 0, for any u_fn(z, t, r) -> u."""
+"""Samplers: from noise e at t = 1 to data at t = 0, for any u_fn(z, t, r) -> u.
+
+It needs torch alone: a copy travels with every published model, beside the pipeline.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -6,6 +9,20 @@ import torch
 from torch import Tensor
 
 UFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def expand(t: Tensor, z: Tensor) -> Tensor:
+    """t, (B,), as (B, 1, ...) with as many axes as z."""
+    return t.view(-1, *[1] * (z.ndim - 1))
+
+
+def average_velocity(net: Callable, config, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
+    """u(z_t, t, r, y), like z; u(z_t, t, t, y) is the instantaneous velocity.
+
+    With config.prediction "x" net returns x_hat and u = (z - x_hat) / max(t, config.t_min), arXiv:2601.22158.
+    """
+    out = net(z, t, t - r, y).to(z.dtype)  # from autocast back to at least float32
+    return out if config.prediction == "u" else (z - out) / expand(t.clamp(min=config.t_min), z)
 
 
 def time_grid(num_steps: int) -> list[float]:
@@ -37,6 +54,33 @@ def sample(u_fn: UFn, e: Tensor, num_steps: int = 1, grid: Sequence[float] | Non
 def euler(u_fn: UFn, e: Tensor, num_steps: int = 50) -> Tensor:
     """Euler's method for dz/dt = v, with the instantaneous velocity v(z, t) = u(z, t, t). Arguments as for `sample`."""
     return sample(lambda z, t, r: u_fn(z, t, t), e, num_steps)
+
+
+def heun(u_fn: UFn, e: Tensor, num_steps: int = 25) -> Tensor:
+    """Heun's method, of second order: two evaluations a step. Arguments as for `sample`."""
+
+    def mean(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        v = u_fn(z, t, t)
+        return (v + u_fn(z - expand(t - r, z) * v, r, r)) / 2
+
+    return sample(mean, e, num_steps)
+
+
+def rk4(u_fn: UFn, e: Tensor, num_steps: int = 12) -> Tensor:
+    """The classical Runge-Kutta method, of fourth order: four evaluations a step. Arguments as for `sample`."""
+
+    def mean(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        dt, middle = expand(t - r, z), (t + r) / 2
+        a = u_fn(z, t, t)
+        b = u_fn(z - dt / 2 * a, middle, middle)
+        c = u_fn(z - dt / 2 * b, middle, middle)
+        d = u_fn(z - dt * c, r, r)
+        return (a + 2 * b + 2 * c + d) / 6
+
+    return sample(mean, e, num_steps)
+
+
+SOLVERS = {"meanflow": sample, "euler": euler, "heun": heun, "rk4": rk4}
 
 
 def cfg(u_fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], y: Tensor, null_class: int, cfg_scale: float) -> UFn:

@@ -4,7 +4,6 @@ A sample's draws are a function of the seed and its slot, the place it has in th
 will ever see. So they depend neither on the device nor on how many processes share the work.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from meanflow.config import MeanFlowConfig
+from meanflow.noise import generator
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,6 @@ class Draws:
     def pin_memory(self) -> "Draws":
         """For the loader: in page-locked memory, from which a GPU copies without waiting."""
         return self.map(Tensor.pin_memory)
-
-
-def generator(seed: int, index: int, stream: str = "draws") -> torch.Generator:
-    """The random numbers of one slot, epoch or image; streams are independent of each other.
-
-    torch keeps 32 bits of a seed: of 3e8 slots some 7 % share their numbers with another, at another time.
-    """
-    return torch.Generator().manual_seed(stream_seed(seed, index, stream))
-
-
-def stream_seed(seed: int, index: int, stream: str) -> int:
-    digest = hashlib.blake2b(f"{seed} {index} {stream}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
-def noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise, (len(indices), *shape), on the CPU; each image's depends on (seed, its index) alone."""
-    return torch.stack([torch.randn(shape, generator=generator(seed, index, "noise")) for index in indices])
 
 
 def num_meanflow(config: MeanFlowConfig, batch: int) -> int:

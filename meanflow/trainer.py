@@ -24,15 +24,17 @@ from meanflow import checkpoint
 from meanflow.config import TrainConfig
 from meanflow.data import Data, load_data, make_loader
 from meanflow.ema import Averages
-from meanflow.files import write_whole
+from meanflow.export import export
+from meanflow.files import first_line, write_whole
 from meanflow.guard import Guard, Stop
+from meanflow.hub import Pusher
 from meanflow.jvp import support_fsdp2
 from meanflow.latents import EncodedImages, Latents, verify, write_random
+from meanflow.noise import generator, noise, stream_seed
 from meanflow.objective import MeanFlow, average_velocity
 from meanflow.pictures import save_curves, save_grid
 from meanflow.preflight import make_net, preflight, total_steps
 from meanflow.sampler import sample
-from meanflow.time import generator, noise, stream_seed
 
 
 class Trainer:
@@ -83,6 +85,7 @@ class Trainer:
             for _, average in self.averages.items():
                 fsdp2_prepare_model(self.accelerator, average)
         self.on_main(self.claim)
+        self.pusher = Pusher(recipe) if recipe.push_to_hub and self.accelerator.is_main_process else None
 
     def claim(self) -> None:
         checkpoint.claim_folder(self.recipe, self.data.facts)
@@ -120,7 +123,7 @@ class Trainer:
         """
         recipe, accelerator, net, optimizer = self.recipe, self.accelerator, self.net, self.optimizer
         progress = self.restore()
-        step = progress["step"]
+        step = before = progress["step"]
         log = Log(accelerator, recipe, progress)
         if step:
             accelerator.print(f"{recipe.out}: resumes after step {step} of {self.total}")
@@ -159,19 +162,37 @@ class Trainer:
                 raw_loss, last = 0.0, step == self.total
                 if step % recipe.log_every == 0 or last:
                     bar.set_postfix(log.write(step, lr=optimizer.param_groups[0]["lr"]))
-                if step % recipe.checkpoint_every == 0 or last or (stop and stop.save):
+                push = recipe.push_every is not None and step % recipe.push_every == 0 and not last
+                if step % recipe.checkpoint_every == 0 or push or last or (stop and stop.save):
                     stop = stop or guard.decide()
                     if not stop or stop.save:
                         progress = {"step": step, **guard.state, **log.state()}
                         trained = (net, self.averages, optimizer.optimizer)
                         saved = checkpoint.save(accelerator, recipe, self.data.facts, progress, *trained)
+                        if push and saved and self.pusher:
+                            self.pusher.start(checkpoint.checkpoints(recipe.out)[-1])
                 if step % recipe.sample_every == 0 or last:
                     draw_samples(recipe, self.data, self.averages[recipe.ema_decay[0]], accelerator, step)
                     log.draw()
                 if stop:
                     break
-        bar.close()
+            bar.close()
+            if accelerator.is_main_process:
+                self.publish(step == self.total and saved, step > before, guard)
         self.leave(stop, saved, step)
+
+    def publish(self, whole: bool, trained: bool, guard: Guard) -> None:
+        """A finished run as others use it, in pipeline/, and on the Hub; no fault of either is the run's."""
+        out = self.recipe.out
+        folder = out / "pipeline"
+        try:
+            if whole and not self.recipe.smoke and (trained or not folder.exists()):
+                export(out, folder)
+        except (ValueError, OSError) as error:
+            print(f"{out} is not exported: {first_line(error)}", file=sys.stderr)
+        if self.pusher:
+            ready = whole and folder.exists()
+            print(self.pusher.finish(folder if ready else None, lambda: bool(guard.signal)), file=sys.stderr)
 
     def prepare_sharding(self) -> None:
         """For FSDP2. Accelerate would round the inputs to bfloat16, so the times: autocast does it where it may."""
@@ -209,7 +230,7 @@ class Trainer:
             where = f"saved after step {step}" if stop.save and saved else f"at step {step}, not saved"
             accelerator.print(f"{out}: {stop.reason}: {where}", file=sys.stderr)
         else:
-            accelerator.print(f"{out}: checkpoints, log.jsonl, loss.png and samples/")
+            accelerator.print(f"{out}: checkpoints, log.jsonl, loss.png, samples/ and pipeline/")
         accelerator.end_training()
         self.lock = None
         if stop:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from meanflow.files import first_line
+
 if TYPE_CHECKING:  # imported where it is needed, since that takes seconds
     from diffusers import AutoencoderKL
 
@@ -37,9 +39,7 @@ def load_vae(name: str) -> AutoencoderKL:
         path = str(folder) if folder.exists() else name
         vae, info = AutoencoderKL.from_pretrained(path, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # of many kinds, by three packages
-        raise ValueError(
-            f"vae: {name} cannot be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}"
-        ) from None
+        raise ValueError(f"vae: {name} cannot be loaded: {first_line(error)}") from None
     if info["missing_keys"]:
         raise ValueError(f"vae: {name} lacks weights, such as {sorted(info['missing_keys'])[0]}")
     return vae.float().eval().requires_grad_(False)

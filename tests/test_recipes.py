@@ -15,9 +15,9 @@ from PIL import Image
 from meanflow import checkpoint
 from meanflow.config import MeanFlowConfig
 from meanflow.data import load_data
+from meanflow.noise import noise
 from meanflow.objective import average_velocity
 from meanflow.sampler import euler, sample
-from meanflow.time import noise
 from meanflow.trainer import Trainer, read_log
 from recipes.deterministic import RECIPE
 

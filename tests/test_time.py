@@ -9,7 +9,8 @@ from conftest import GOLDEN
 from torch import Tensor
 
 from meanflow.config import MeanFlowConfig
-from meanflow.time import Draws, drop_labels, has_interval, make_draws, noise, num_meanflow, order_slots, sample_times
+from meanflow.noise import noise
+from meanflow.time import Draws, drop_labels, has_interval, make_draws, num_meanflow, order_slots, sample_times
 
 STATS = json.loads((GOLDEN / "time_sampler_stats.json").read_text())
 N = 100_000

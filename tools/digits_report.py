@@ -28,10 +28,10 @@ def report(options: Options) -> None:
     from meanflow.checkpoint import checkpoints, different, load_network, write_whole
     from meanflow.data import digits
     from meanflow.evaluate import energy_distance, frechet_distance
+    from meanflow.noise import noise
     from meanflow.objective import average_velocity
     from meanflow.pictures import save_grid
     from meanflow.sampler import euler, sample
-    from meanflow.time import noise
 
     recipes = []
     for folder in (options.run, options.flow):

@@ -1,0 +1,191 @@
+"""A trained network as others use it: a pipeline in memory or a folder, from a run, a folder or the Hub."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from meanflow import checkpoint
+from meanflow.config import MeanFlowConfig
+from meanflow.files import first_line
+from meanflow.hub import fetch
+from meanflow.pictures import save_grid
+from meanflow.pipeline import MeanFlowPipeline
+from meanflow.preflight import guidance_in_words, parameters
+from meanflow.vae import load_vae
+from models import MODELS
+
+INDEX = "model_index.json"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NETWORKS = {make.func.__name__: make.func for make in MODELS.values()}
+
+
+def load_pipeline(
+    source: str | Path, ema: float | None = None, variant: str | None = None, revision: str | None = None
+) -> MeanFlowPipeline:
+    """The pipeline of a run (its newest checkpoint), a checkpoint, an exported folder or a Hub id, in float32.
+
+    Args:
+        ema: decay of the average to take from a run; default: the recipe's first.
+        variant: of an exported folder: bf16 or fp16, the precision that its weights were saved in.
+    Raises:
+        ValueError: it is none of these, not whole, or has no such average or variant.
+    """
+    folder = fetch(source, revision, variant)
+    if (folder / INDEX).is_file():
+        if ema is not None:
+            raise ValueError(f"ema {ema} is for runs: {source} holds one average")
+        return read_export(folder, variant)
+    folder = find_checkpoint(folder)
+    if variant is not None:
+        raise ValueError(f"variant {variant} is for exported folders, and {folder} is a checkpoint")
+    net, objective = checkpoint.load_network(folder, ema)
+    recipe, facts = (json.loads((folder / f"{name}.json").read_text()) for name in ("recipe", "data"))
+    vae = load_vae(recipe["vae"]) if recipe["vae"] else None
+    return MeanFlowPipeline(net, vae, asdict(objective), dict(enumerate(facts["classes"])), facts.get("latents", {}))
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """A run's newest checkpoint, or the checkpoint itself."""
+    if (folder / "step.json").is_file():
+        return folder
+    if not checkpoint.checkpoints(folder):
+        raise ValueError(f"{folder} is no run with a checkpoint, no checkpoint and no exported folder")
+    return checkpoint.checkpoints(folder)[-1]
+
+
+def read_export(folder: Path, variant: str | None) -> MeanFlowPipeline:
+    """Without running the code that lies there."""
+    from diffusers import AutoencoderKL
+
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        kind = NETWORKS[index["net"][1]]
+        net = kind.from_pretrained(folder / "net", variant=variant, use_safetensors=True)
+        vae = None
+        if (index.get("vae") or [None])[0]:
+            vae = AutoencoderKL.from_pretrained(folder / "vae", variant=variant, use_safetensors=True)
+        return MeanFlowPipeline(net.eval(), vae, index["objective"], index["id2label"], index["latents"])
+    except Exception as error:  # of many kinds, by three packages
+        of = f"variant {variant} of " if variant else ""
+        raise ValueError(f"{of}{folder} cannot be loaded, {type(error).__name__}: {first_line(error)}") from None
+
+
+def export(
+    source: Path,
+    out: Path,
+    ema: float | None = None,
+    variants: tuple[str, ...] = (),
+    license: str = "other",
+    datasets: tuple[str, ...] = (),
+) -> None:
+    """Writes the pipeline folder of a run or checkpoint, with its model card, whole or not at all.
+
+    Args:
+        variants: bf16, fp16: the weights once more in these precisions.
+        license, datasets: for the model card, in the Hub's words.
+    Raises:
+        ValueError: source has no whole checkpoint, or out holds something else.
+    """
+    if out.exists() and not (out / INDEX).is_file() and any(out.iterdir()):
+        raise ValueError(f"{out} holds something else than an exported model: choose another folder")
+    source = find_checkpoint(source)
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for variant in (None, *variants):
+            cast(load_pipeline(source, ema), variant).save_pretrained(temporary, variant=variant)
+        pipe = load_pipeline(source, ema)
+        picture(pipe, temporary / "samples.png")
+        (temporary / "README.md").write_text(card(source, pipe, license, datasets))
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cast(pipe: MeanFlowPipeline, dtype: str | None) -> MeanFlowPipeline:
+    """The pipeline with its weights in bf16 or fp16."""
+    for part in (pipe.net, pipe.vae):
+        if part is not None and dtype is not None:
+            torch.nn.Module.to(part, DTYPES[dtype])  # diffusers' own warns
+    return pipe
+
+
+def picture(pipe: MeanFlowPipeline, path: Path) -> None:
+    """One-step samples, four of each of up to ten classes; of a flow-matching network, by Euler's method."""
+    num_classes = pipe.net.config.num_classes
+    columns = min(num_classes, 10) or 8
+    y = None
+    if num_classes:
+        y = torch.linspace(0, num_classes - 1, columns).long().repeat(4).tolist()
+    how = {} if pipe.objective.meanflow_ratio else {"solver": "euler", "num_inference_steps": 50}
+    pipe.set_progress_bar_config(disable=True)
+    x = pipe(y, 4 * columns, latents=pipe.noise(0, range(4 * columns)), output_type="pt", **how).images
+    save_grid(2 * x - 1, path, columns)
+
+
+def card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str, ...]) -> str:
+    """The model card. It names no place on this machine: fields that do are left out of the recipe."""
+    from huggingface_hub import ModelCardData
+
+    recipe, facts, progress = (json.loads((source / f"{name}.json").read_text()) for name in ("recipe", "data", "step"))
+    data = ModelCardData(
+        library_name="diffusers",
+        license=license,
+        datasets=list(datasets) or None,
+        base_model=facts["vae"] if facts.get("vae_revision") else None,  # a Hub id: a folder has no revision
+        pipeline_tag="unconditional-image-generation",
+        tags=["meanflow", "one-step", "class-conditional" if pipe.id2label else "unconditional"],
+    )
+    flow = recipe["objective"]["meanflow_ratio"] == 0
+    kind = "A flow-matching" if flow else "A MeanFlow"
+    how = ', solver="euler", num_inference_steps=50' if flow else ""
+    call = f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4"
+    fields = checkpoint.flatten(recipe)
+    names = sorted({*fields} - checkpoint.FREE - {"init_from", "smoke"})
+    fields = {name: fields[name] for name in names if fields[name] is not None}
+    return f"""---
+{data.to_yaml()}
+---
+
+# {recipe["model"]}, {"x".join(map(str, pipe.shape))}
+
+![samples](samples.png)
+
+{kind} network ([arXiv:2505.13447](https://arxiv.org/abs/2505.13447)) of {parameters(pipe.net):,} parameters, after
+{progress["step"]:,} steps of {recipe["global_batch"]} samples; its weights are averages. Classes: {len(pipe.id2label)}.
+Guidance: {guidance_in_words(MeanFlowConfig(**recipe["objective"]))}.
+{"The picture shows 50 steps of Euler's method." if flow else "The picture shows one step."}
+
+## Use
+
+It needs `pip install diffusers timm`, and runs the code in this repository.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS REPOSITORY", trust_remote_code=True)
+image = pipe({call}{how}).images[0]
+```
+
+{metrics(source.parent / "metrics.json")}## Recipe
+
+```json
+{json.dumps(fields, indent=2)}
+```
+"""
+
+
+def metrics(path: Path) -> str:
+    """What was measured on the run, as a table: of {row: {metric: value}}."""
+    if not path.is_file():
+        return ""
+    rows = json.loads(path.read_text())
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [f"| | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    for label, row in rows.items():
+        lines.append(f"| {label} | {' | '.join(f'{row[name]:.4g}' if name in row else '' for name in names)} |")
+    return "## Measured\n\n" + "\n".join(lines) + "\n\n"

@@ -1,0 +1,191 @@
+"""MeanFlowPipeline: a trained network, its VAE and what sampling has to know, in diffusers' own words.
+
+A copy of this file travels with every published model, beside sampler.py and noise.py and the network's own file.
+"""
+
+import difflib
+import inspect
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+from .noise import noise
+from .sampler import SOLVERS, average_velocity, cfg
+
+
+class MeanFlowPipeline(DiffusionPipeline):
+    """pipe(class_labels=["cat", 3]).images: one-step samples.
+
+    Args:
+        net: net(z, t, h, y) -> u, with its shape and num_classes in its config.
+        vae: an AutoencoderKL, None for pixels.
+        objective: what it was trained by, the fields of meanflow's MeanFlowConfig.
+        id2label: names of the classes.
+        latents: {"shift", "scale"}, a number or one a channel: z = (latent - shift) * scale.
+    """
+
+    model_cpu_offload_seq = "net->vae"
+    _optional_components = ["vae"]
+
+    def __init__(self, net, vae=None, objective: dict | None = None, id2label: dict | None = None, latents=None):
+        super().__init__()
+        self.register_modules(net=net, vae=vae)
+        self.register_to_config(objective=objective or {}, id2label=id2label or {}, latents=latents or {})
+        self.objective = SimpleNamespace(**(objective or {}))
+        self.id2label = {int(index): name for index, name in (id2label or {}).items()}
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample as the network sees it, (C, *S)."""
+        size = self.net.config.input_size
+        return self.net.config.in_channels, *((size, size) if isinstance(size, int) else size)
+
+    @property
+    def trained_guidance_scale(self) -> float | None:
+        """The effective scale of the guidance that was trained in, None if none was."""
+        omega, kappa = self.objective.omega, self.objective.kappa
+        return None if (omega, kappa) == (1, 0) else omega / (1 - kappa)
+
+    def noise(self, seed: int, indices) -> Tensor:
+        """Noise to pass as latents; image k's depends on (seed, k) alone, so not on the batch it is in."""
+        return noise(seed, indices, self.shape)
+
+    def class_ids(self, labels) -> list[int]:
+        """The classes of names or indices.
+
+        Raises:
+            ValueError: one is no class; the message names it and what is near.
+        """
+        names = {name: index for index, label in self.id2label.items() for name in reversed(label.split(", "))}
+        names |= {label: index for index, label in self.id2label.items()}
+        ids, num_classes = [], self.net.config.num_classes
+        for label in [labels] if isinstance(labels, (int, str)) else labels:
+            if isinstance(label, str) and label not in names and not label.isdecimal():
+                near = difflib.get_close_matches(label, names, n=3)
+                raise ValueError(f"no class {label!r}" + (f": is it {' or '.join(map(repr, near))}?" if near else ""))
+            ids.append(names[label] if label in names else int(label))
+            if not 0 <= ids[-1] < num_classes:
+                raise ValueError(f"class must be in [0, {num_classes}), got {ids[-1]}")
+        return ids
+
+    def check_choice(self, solver: str, guidance_scale: float | None) -> None:
+        """Raises a ValueError where a solver or a scale cannot mean what one hopes; it says what to do instead."""
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver}")
+        if solver == "meanflow" and self.objective.meanflow_ratio == 0:
+            raise ValueError("solver meanflow cannot sample a network of plain flow matching: use euler with 50 steps")
+        if guidance_scale is None:
+            return
+        trained = self.trained_guidance_scale
+        if not self.net.config.num_classes:
+            raise ValueError(
+                f"guidance_scale {guidance_scale:g} needs classes, and this network has none: leave it out"
+            )
+        if trained is not None and abs(guidance_scale - trained) > 1e-3 * trained:
+            raise ValueError(
+                f"guidance is trained into this network, at scale {trained:.4g}, and costs nothing; "
+                f"{guidance_scale:g} cannot be had by sampling: leave it out, or train with another omega or kappa"
+            )
+        if trained is None and guidance_scale != 1 and self.objective.class_dropout_prob == 0:
+            raise ValueError(
+                f"guidance_scale {guidance_scale:g} needs the null class, which this network never learned "
+                "(class_dropout_prob 0): leave it out"
+            )
+        if trained is None and guidance_scale != 1 and solver == "meanflow" and self.objective.null_class == "flow":
+            raise ValueError(
+                f"guidance_scale {guidance_scale:g} needs the null class at r < t, which this network learned at r = t "
+                "alone (null_class flow): leave it out, or use solver euler with 50 steps"
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels=None,
+        batch_size: int = 1,
+        num_inference_steps: int = 1,
+        guidance_scale: float | None = None,
+        solver: str = "meanflow",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Samples an image for each of class_labels; batch_size images without classes.
+
+        Args:
+            class_labels: indices or names, or one of them.
+            guidance_scale: classifier-free guidance while sampling, two evaluations a step; None: none but what was
+                trained in.
+            solver: meanflow, or an ODE solver for the instantaneous velocity: euler, heun, rk4.
+            latents: the noise, (B, C, *S); default: drawn by the generator, or one generator an image.
+            output_type: pil; np, (B, H, W, C), or pt, (B, C, H, W), in [0, 1]; or latent, as the network makes them.
+        Raises:
+            ValueError: a class, shape, solver or scale that cannot be.
+        """
+        self.check_choice(solver, guidance_scale)
+        num_classes = self.net.config.num_classes
+        if (class_labels is None) == (num_classes > 0):
+            raise ValueError(f"the network has {num_classes} classes: class_labels must {'' if num_classes else 'not '}"
+                             "be given")  # fmt: skip
+        device = self._execution_device
+        y = None if class_labels is None else torch.tensor(self.class_ids(class_labels), device=device)
+        shape = (batch_size if y is None else len(y), *self.shape)
+        if latents is None:
+            many = generator if isinstance(generator, list) else [generator] * shape[0]
+            if len(many) != shape[0]:
+                raise ValueError(f"generator must be one, or {shape[0]}, got {len(many)}")
+            draws = [torch.randn(self.shape, generator=g, device=g.device if g else "cpu") for g in many]
+            latents = torch.stack([draw.to(device) for draw in draws])
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
+        scale = 1.0 if guidance_scale is None or self.trained_guidance_scale is not None else guidance_scale
+
+        with self.progress_bar(total=num_inference_steps * {"heun": 2, "rk4": 4}.get(solver, 1)) as bar:
+
+            def net(z: Tensor, t: Tensor, h: Tensor, y: Tensor | None) -> Tensor:
+                bar.update()
+                return self.net(z.to(self.net.dtype), t, h, y)
+
+            def u_fn(z: Tensor, t: Tensor, r: Tensor, y: Tensor | None = y) -> Tensor:
+                return average_velocity(net, self.objective, z, t, r, y)
+
+            guided = u_fn if scale == 1 else cfg(u_fn, y, num_classes, scale)
+            z = SOLVERS[solver](guided, latents.to(device, torch.float32), num_inference_steps)
+        images = self.to_images(z, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def to_images(self, z: Tensor, output_type: str):
+        if output_type != "latent" and self.vae is not None:
+            shift, scale = (
+                torch.tensor(self.config.latents[name], device=z.device).view(-1, 1, 1) for name in ("shift", "scale")
+            )
+            z = self.vae.decode((z / scale + shift).to(self.vae.dtype)).sample
+        return self.image_processor.postprocess(z.float(), output_type)
+
+    def save_pretrained(self, save_directory, **options) -> None:
+        """As diffusers does, with the code, so that from_pretrained(..., trust_remote_code=True) needs no project."""
+        super().save_pretrained(save_directory, **options)
+        folder, here, network = Path(save_directory), Path(__file__), Path(inspect.getfile(type(self.net)))
+        name = f"modeling_{network.stem.removeprefix('modeling_')}"  # diffusers has pipelines of names like dit
+        for source, target in (
+            (here, "pipeline_meanflow.py"),
+            (here.with_name("sampler.py"), "sampler.py"),
+            (here.with_name("noise.py"), "noise.py"),
+            (network, f"net/{name}.py"),
+        ):
+            shutil.copyfile(source, folder / target)
+        for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+            config = json.loads(path.read_text())
+            config.pop("_name_or_path", None)  # where it lay on this machine
+            if path.parent == folder:
+                config["_class_name"] = ["pipeline_meanflow", type(self).__name__]
+                config["net"] = [name, type(self.net).__name__]
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

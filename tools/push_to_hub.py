@@ -1,0 +1,39 @@
+"""Pushes a run, a checkpoint or an exported folder to the Hub, as a pipeline that diffusers loads.
+
+    python tools/push_to_hub.py runs/digits user/digits
+    python tools/push_to_hub.py models/ditxl user/ditxl --public --revision v1
+
+The token is that of `hf auth login`, or HF_TOKEN.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Options:
+    source: tyro.conf.Positional[Path]
+    """a run, of which the newest checkpoint is taken, a checkpoint, or a folder of tools/export.py"""
+    repo_id: tyro.conf.Positional[str]
+    """user/name on the Hub; made if it is not there"""
+    public: bool = False
+    """a new repository is for all to see; default: private"""
+    revision: str | None = None
+    """branch to push to; made if it is not there"""
+
+
+def main(options: Options) -> None:
+    from meanflow.hub import publish
+
+    print(f"pushed: {publish(options.source, options.repo_id, private=not options.public, revision=options.revision)}")
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options, description=__doc__)
+    try:
+        main(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,192 @@
+"""Samples images from a run, a checkpoint, an exported folder or a Hub id.
+
+    python tools/sample.py runs/digits --classes 3 7 --out grid.png
+    python tools/sample.py user/ditxl --classes "golden retriever" 360 --num-images 8 --out images/
+    accelerate launch -q tools/sample.py runs/ditxl --num-images 50000 --dtype bf16 --out samples.npz
+
+One step by default. Image k depends on --seed and k alone, up to rounding: neither on the batch nor on the number of
+processes. What --cfg-scale can mean depends on how the network was trained, and is said.
+"""
+
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+STEPS = {"meanflow": 1, "euler": 50, "heun": 25, "rk4": 12}
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: tyro.conf.Positional[str]
+    """a run (its newest checkpoint), a checkpoint, a folder of tools/export.py, or a Hub id"""
+    out: Path = Path("samples.png")
+    """x.png: one picture, a column a class; a folder: a PNG an image; x.npz: arr_0, uint8 (N, H, W, C), as ADM's
+    evaluation takes it, written as it comes"""
+    classes: tuple[str, ...] = ()
+    """names or indices; image k has the class k modulo their number; default: all classes in turn"""
+    num_images: int | None = None
+    """default: 64, or 8 of each of --classes"""
+    cfg_scale: float | None = None
+    """classifier-free guidance while sampling, two evaluations a step; default: what was trained in, if anything"""
+    num_steps: int | None = None
+    """default: meanflow 1, euler 50, heun 25, rk4 12"""
+    solver: Literal["meanflow", "euler", "heun", "rk4"] = "meanflow"
+    """meanflow: by the average velocity; the others follow the instantaneous velocity, as flow matching does"""
+    seed: int = 0
+    """image k's noise is a function of the seed and k"""
+    ema: float | None = None
+    """of a run: decay of the averaged weights; default: the recipe's first"""
+    revision: str | None = None
+    """of a Hub id: branch, tag or commit"""
+    variant: Literal["bf16", "fp16"] | None = None
+    """of an exported folder or Hub id: the weights that were saved in this precision"""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """precision of the network and the VAE; noise, times and steps stay float32"""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; default: the best there is"""
+    batch_size: int = 64
+    """images at a time, of each process"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_steps", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+
+
+@contextmanager
+def npz(path: Path, count: int) -> Iterator:
+    """Writes arr_0 as it comes; the file appears when it is whole."""
+    import numpy as np
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    begun = []
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+
+                def write(images, first: int) -> None:
+                    if not begun:
+                        begun.append(True)
+                        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(np.ascontiguousarray(images).tobytes())
+
+                yield write
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder(path: Path, count: int) -> Iterator:
+    """A PNG an image: 000000.png ..."""
+    from PIL import Image
+
+    path.mkdir(parents=True, exist_ok=True)
+
+    def write(images, first: int) -> None:
+        for number, image in enumerate(images, start=first):
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(path / f"{number:06d}.png")
+
+    yield write
+
+
+@contextmanager
+def grid(path: Path, count: int, columns: int) -> Iterator:
+    import torch
+
+    from meanflow.pictures import save_grid
+
+    parts = []
+    yield lambda images, first: parts.append(torch.from_numpy(images))
+    save_grid(torch.cat(parts).permute(0, 3, 1, 2) / 127.5 - 1, path, columns)
+
+
+def check_writable(out: Path, is_folder: bool) -> None:
+    parent = out if is_folder else out.parent
+    if is_folder and out.is_file():
+        raise ValueError(f"out: {out} is a file: end it in .png or .npz, or name a folder")
+    parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"out: {parent} cannot be written to")
+
+
+def main(options: Options) -> None:
+    is_folder = options.out.suffix not in (".png", ".npz")
+    check_writable(options.out, is_folder)
+
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+
+    from meanflow.config import MeanFlowConfig
+    from meanflow.export import cast, load_pipeline
+    from meanflow.preflight import guidance_in_words
+
+    accelerator = Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available())
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if options.device and world > 1:
+        raise ValueError(f"device {options.device} is for one process: accelerate launch gives each its own")
+    device = torch.device(options.device) if options.device else accelerator.device
+    pipe = load_pipeline(options.checkpoint, options.ema, options.variant, options.revision)
+    pipe.check_choice(options.solver, options.cfg_scale)
+    if options.classes and not pipe.net.config.num_classes:
+        raise ValueError("classes are for networks with classes, and this one has none: leave them out")
+    classes = pipe.class_ids(options.classes) if options.classes else list(range(pipe.net.config.num_classes))
+    count = options.num_images or (8 * len(options.classes) or 64)
+    steps = options.num_steps or STEPS[options.solver]
+    accelerator.print(f"guidance {guidance_in_words(MeanFlowConfig(**vars(pipe.objective)))}", file=sys.stderr)
+    cast(pipe, None if options.dtype == "fp32" else options.dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(indices: range):
+        y = [classes[index % len(classes)] for index in indices] if classes else None
+        how = {"num_inference_steps": steps, "guidance_scale": options.cfg_scale, "solver": options.solver}
+        images = pipe(y, len(indices), latents=pipe.noise(options.seed, indices), output_type="np", **how).images
+        return (images * 255).round().astype("uint8")
+
+    writer = {".png": grid, ".npz": npz}.get(options.out.suffix, folder)
+    columns = [len(classes) if 1 < len(classes) <= 16 else 8] if writer is grid else []
+    bar = tqdm(total=count, unit="image", disable=not accelerator.is_main_process)
+    start = time.perf_counter()
+    with writer(options.out, count, *columns) if accelerator.is_main_process or is_folder else no_writer() as write:
+        for first in range(0, count, options.batch_size * world):
+            mine = range(count)[first + rank * options.batch_size :][: options.batch_size]
+            images = draw(mine) if mine else None
+            if is_folder:
+                if mine:
+                    write(images, mine.start)
+            else:
+                for number, part in enumerate(gather_object([images]) if world > 1 else [images]):
+                    if accelerator.is_main_process and part is not None:
+                        write(part, first + number * options.batch_size)
+            bar.update(min(options.batch_size * world, count - first))
+    accelerator.wait_for_everyone()
+    bar.close()
+    rate = count / (time.perf_counter() - start)
+    name = f"{options.solver}, {steps} step{'s' if steps > 1 else ''}"
+    accelerator.print(f"{options.out}: {count} images, {name}, {rate:.3g} images/s")
+    accelerator.end_training()
+
+
+@contextmanager
+def no_writer() -> Iterator:
+    yield None
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
