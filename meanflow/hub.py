@@ -38,7 +38,8 @@ def fetch(source: str | Path, revision: str | None = None, variant: str | None =
             str(source), revision=revision, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=other
         )
     except Exception as error:  # of many kinds, by two packages
-        raise ValueError(f"{source} is no folder, and from the Hub it cannot be had: {first_line(error)}") from None
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ValueError(f"{source} is no folder, and from the Hub it cannot be had: {reason}") from None
     return Path(found)
 
 

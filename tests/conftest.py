@@ -96,3 +96,24 @@ def golden_net(golden: dict[str, Tensor]) -> DiT:
     net.to(golden["fwd.t"].device)
     net.load_state_dict({name[2:]: value for name, value in golden.items() if name.startswith("w.")})
     return net
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory) -> Path:
+    """A run on the digits that is over, with pipeline/ in it; its network is no fresh one."""
+    from accelerate.state import AcceleratorState
+
+    from meanflow.config import TrainConfig
+    from meanflow.trainer import Trainer
+    from models import MODELS
+
+    folder = tmp_path_factory.mktemp("digits")
+    torch.manual_seed(0)
+    perturbed(MODELS["DiT-XS/4"](input_size=8, in_channels=1, num_classes=10), 0.02).save_pretrained(folder / "net")
+    recipe = TrainConfig(
+        out=folder / "run", model="DiT-XS/4", steps=2, global_batch=16, ema_decay=(0.9, 0.5),
+        init_from=str(folder / "net"),
+    )  # fmt: skip
+    Trainer(recipe).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return recipe.out

@@ -6,7 +6,7 @@ from conftest import assert_golden
 
 from meanflow.config import MeanFlowConfig
 from meanflow.objective import average_velocity
-from meanflow.sampler import cfg, euler, sample
+from meanflow.sampler import cfg, euler, heun, rk4, sample
 
 
 def test_one_and_four_steps_match_the_official_samples(golden, golden_net):
@@ -33,6 +33,19 @@ def test_euler_converges_to_the_flow_with_first_order():
 
     errors = [abs(euler(u_fn, e, n) - torch.exp(-e)).item() for n in (200, 400)]
     assert errors[1] < 1e-3 and abs(errors[0] / errors[1] - 2) < 0.02
+
+
+@pytest.mark.parametrize("solver, order", [(heun, 2), (rk4, 4)])
+def test_heun_and_rk4_converge_with_their_orders(solver, order):
+    """dz/dt = t z has the flow e^(-1/2); twice the steps divide the error by 2^order. They ask for u at r = t only."""
+    e = torch.ones(1, 1, 1, dtype=torch.float64)
+
+    def u_fn(z, t, r):
+        assert torch.equal(t, r)
+        return t.view(-1, 1, 1) * z
+
+    errors = [(solver(u_fn, e, n) - torch.exp(-0.5 * e)).abs().item() for n in (50, 100)]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.05)
 
 
 def test_cfg_extrapolates_from_the_null_class():

@@ -1,7 +1,9 @@
-"""What a MeanFlow step costs, as a ratio to a flow-matching step of the same run; and how fast cached latents are read.
+"""What a MeanFlow step costs, as a ratio to a flow-matching step of the same run; how fast cached latents are read; and
+what sampling costs over the bare network.
 
     python tools/benchmark.py step
     python tools/benchmark.py data
+    python tools/benchmark.py sample
     python tools/benchmark.py step --model DiT-B/4 --input-size 32 --batch 64 --dtype bf16 --device cuda --json out.json
 
 FLOPs and bytes are exact counts, time is the median of interleaved repeats. Bytes are those alive for the backward once
@@ -59,7 +61,32 @@ class Data:
     """also write the numbers here"""
 
 
-def build(options: Step):
+@dataclass(frozen=True)
+class Sample:
+    """One-step sampling, by MeanFlowPipeline from given noise to what the network makes, and with pixels; and the bare
+    forward passes. Random weights."""
+
+    model: str = "custom"
+    """a name in models.MODELS; custom: a DiT of the sizes below"""
+    hidden_size: int = 384
+    depth: int = 6
+    num_heads: int = 6
+    patch_size: int = 2
+    input_size: int = 16
+    """height and width of the latents, with 4 channels"""
+    batch: tuple[int, ...] = (8, 64)
+    """images at a time"""
+    vae: str | None = None
+    """folder or Hub id of an AutoencoderKL to decode with, too"""
+    dtype: Literal["float32", "bf16"] = "float32"
+    """bf16: of the weights, too"""
+    device: str = "cpu"
+    repeats: int = 9
+    json: Path | None = None
+    """also write the numbers here"""
+
+
+def build(options: Step | Sample):
     import torch
 
     from models import MODELS
@@ -67,7 +94,7 @@ def build(options: Step):
 
     if options.model != "custom" and options.model not in MODELS:
         raise ValueError(f"model must be custom or one of {', '.join(MODELS)}, got {options.model}")
-    if not options.ratio:
+    if isinstance(options, Step) and not options.ratio:
         raise ValueError("ratio must be given, got none")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device must be cpu, since no GPU is here, got {options.device}")
@@ -149,7 +176,6 @@ def count(net, loss: Callable) -> dict[str, int]:
 def step(options: Step) -> list[dict]:
     """The table's rows: counts, seconds, and each as a ratio to flow matching."""
     import torch
-    from tqdm import tqdm
 
     net = build(options)
 
@@ -162,19 +188,72 @@ def step(options: Step) -> list[dict]:
 
     ways = {name: autocast(loss) for name, loss in steps(options, net).items()}
     rows = {name: count(net, loss) for name, loss in ways.items()}
-    seconds = {name: [] for name in ways}
-    for _ in tqdm(range(options.repeats), desc="repeats"):
-        for name, loss in ways.items():
-            synchronize(options.device)
-            begin = time.perf_counter()
-            loss().backward()
-            synchronize(options.device)
-            seconds[name].append(time.perf_counter() - begin)
-            net.zero_grad()
+
+    def backward(loss: Callable) -> Callable:
+        return lambda: (loss().backward(), net.zero_grad())
+
+    seconds = interleaved({name: backward(loss) for name, loss in ways.items()}, options)
     for name, row in rows.items():
-        row["seconds"] = statistics.median(seconds[name])
+        row["seconds"] = seconds[name]
     base = rows["flow matching"]
     return [{"way": name, **row, **{f"{key}_ratio": row[key] / base[key] for key in row}} for name, row in rows.items()]
+
+
+def sampling(options: Sample) -> list[dict]:
+    """A row a batch and way: seconds, images/s and the ratio to the bare forward."""
+    from dataclasses import asdict
+
+    import torch
+
+    from meanflow.config import MeanFlowConfig
+    from meanflow.pipeline import MeanFlowPipeline
+    from meanflow.vae import load_vae
+
+    net, vae = build(options).eval(), load_vae(options.vae).to(options.device) if options.vae else None
+    if options.dtype == "bf16":
+        for part in (net, vae):
+            if part is not None:
+                torch.nn.Module.to(part, torch.bfloat16)
+    pipe = MeanFlowPipeline(net, vae, asdict(MeanFlowConfig()), {}, {"shift": 0.0, "scale": 0.18215})
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for batch in options.batch:
+        e, y = torch.randn(batch, *pipe.shape).to(options.device), [k % net.config.num_classes for k in range(batch)]
+        t, labels = torch.ones(batch).to(options.device), torch.tensor(y).to(options.device)
+        ways = {
+            "the bare forward": lambda e=e, t=t, labels=labels: net(e.to(net.dtype), t, t, labels),
+            "one step": lambda e=e, y=y: pipe(y, latents=e, output_type="latent"),
+        }
+        if vae:
+            ways["one step, decoded"] = lambda e=e, y=y: pipe(y, latents=e, output_type="pt")
+        with torch.no_grad():
+            seconds = interleaved(ways, options)
+        for name, value in seconds.items():
+            ratio = value / seconds["the bare forward"]
+            rows.append({"batch": batch, "way": name, "seconds": value, "ratio": ratio, "images": batch / value})
+    return rows
+
+
+def interleaved(ways: dict[str, Callable], options: Step | Sample) -> dict[str, float]:
+    """The median seconds of each way: they take turns, so that a slow minute slows all."""
+    from tqdm import tqdm
+
+    times = {name: [] for name in ways}
+    for repeat in tqdm(range(options.repeats + 1), desc="repeats"):
+        for name, way in ways.items():
+            synchronize(options.device)
+            start = time.perf_counter()
+            way()
+            synchronize(options.device)
+            if repeat:  # the first warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def print_sample(rows: list[dict]) -> None:
+    print("| batch | | images/s | x the bare forward's time |\n|---:|:---|---:|---:|")
+    for row in rows:
+        print(f"| {row['batch']} | {row['way']} | {row['images']:.3g} | {row['ratio']:.3f} |")
 
 
 def synchronize(device: str) -> None:
@@ -284,10 +363,13 @@ def print_step(rows: list[dict]) -> None:
         )
 
 
-def main(options: Step | Data) -> None:
+def main(options: Step | Data | Sample) -> None:
     if isinstance(options, Data):
         rows = data(options)
         print_data(rows)
+    elif isinstance(options, Sample):
+        rows = sampling(options)
+        print_sample(rows)
     else:
         rows = step(options)
         print_step(rows)
@@ -297,6 +379,6 @@ def main(options: Step | Data) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.extras.subcommand_cli_from_dict({"step": Step, "data": Data}, description=__doc__))
+        main(tyro.extras.subcommand_cli_from_dict({"step": Step, "data": Data, "sample": Sample}, description=__doc__))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -132,13 +132,18 @@ def main(options: Options) -> None:
 
     from meanflow.config import MeanFlowConfig
     from meanflow.export import cast, load_pipeline
+    from meanflow.files import first_line
     from meanflow.preflight import guidance_in_words
 
     accelerator = Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available())
     rank, world = accelerator.process_index, accelerator.num_processes
     if options.device and world > 1:
         raise ValueError(f"device {options.device} is for one process: accelerate launch gives each its own")
-    device = torch.device(options.device) if options.device else accelerator.device
+    device = options.device or accelerator.device
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device} is not there: {first_line(error)}") from None
     pipe = load_pipeline(options.checkpoint, options.ema, options.variant, options.revision)
     pipe.check_choice(options.solver, options.cfg_scale)
     if options.classes and not pipe.net.config.num_classes:

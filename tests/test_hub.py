@@ -1,0 +1,294 @@
+"""To and from a Hub on localhost: what is pushed, who may read it, and faults, which must not touch a run."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import hub_server
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from meanflow import hub
+from meanflow.config import TrainConfig
+from meanflow.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+PUSH = [sys.executable, "tools/push_to_hub.py"]
+SAMPLE = [sys.executable, "tools/sample.py"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path) -> Iterator[hub_server.Hub]:
+    """A Hub, and an environment for processes that talk to it. (huggingface_hub reads it when it is imported.)"""
+    running, the_hub, url = hub_server.serve()
+    for name, value in {
+        "HF_ENDPOINT": url, "HF_TOKEN": hub_server.TOKEN, "HF_HOME": tmp_path / "hf", "HF_HUB_DISABLE_XET": "1",
+        "LOGNAME": "planted-login", "USER": "planted-login", "OMP_NUM_THREADS": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    yield the_hub
+    running.shutdown()
+
+
+def call(command: list, code: int | None = 0, **environment) -> str:
+    environment = {**os.environ, **environment}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert code is None or done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def arr(path: Path) -> np.ndarray:
+    with np.load(path) as file:
+        return file["arr_0"]
+
+
+BY_HAND = """if True:
+    import sys, numpy as np, torch
+    from meanflow.config import MeanFlowConfig
+    from meanflow.noise import noise
+    from meanflow.objective import average_velocity
+    from meanflow.sampler import sample
+    from models.dit import DiT
+
+    net = DiT.from_pretrained("user/digits", subfolder="net").eval()
+    y = torch.arange(20) % 10
+    with torch.no_grad():
+        x = sample(lambda z, t, r: average_velocity(net, MeanFlowConfig(), z, t, r, y), noise(3, range(20), (1, 8, 8)))
+    pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    np.savez(sys.argv[1], pixels.numpy())
+"""
+
+BY_A_STRANGER = """if True:
+    import sys, numpy as np
+    from diffusers import DiffusionPipeline
+    try:
+        import meanflow
+    except ImportError:
+        pipe = DiffusionPipeline.from_pretrained("user/digits", trust_remote_code=True)
+        images = pipe([k % 10 for k in range(20)], latents=pipe.noise(3, range(20)), output_type="np").images
+        np.savez(sys.argv[1], (images * 255).round().astype("uint8"))
+"""
+
+
+def test_four_ways_from_one_seed_give_the_same_pixels(server, digits_run, tmp_path):
+    """Each in a process of its own; the last where this project cannot be imported."""
+    run = digits_run
+    if given := os.environ.get("MEANFLOW_TEST_RUN"):  # another run on the digits, such as that of make demo
+        run = Path(given)
+    call([*PUSH, run, "user/digits"])
+    flags = ["--num-images", 20, "--seed", 3, "--out"]
+    call([*SAMPLE, run, *flags, tmp_path / "run.npz"])
+    call([*SAMPLE, "user/digits", *flags, tmp_path / "id.npz"])
+    call([sys.executable, "-c", BY_HAND, tmp_path / "hand.npz"])
+    call([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"])
+    packages = tmp_path / "venv/lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    (packages / "others.pth").write_text(next(path for path in sys.path if path.endswith("site-packages")) + "\n")
+    # A .pth within a .pth's folder is not read: so the editable install of this project is not there.
+    stranger = subprocess.run(
+        [str(tmp_path / "venv/bin/python"), "-c", BY_A_STRANGER, str(tmp_path / "stranger.npz")],
+        cwd=tmp_path, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert stranger.returncode == 0, stranger.stderr
+    expected = arr(tmp_path / "run.npz")
+    assert expected.shape == (20, 8, 8, 1) and len(np.unique(expected)) > 20
+    for name in ("id", "hand", "stranger"):
+        assert (arr(tmp_path / f"{name}.npz") == expected).all(), name
+
+
+def test_private_repository_needs_the_token_and_revisions_are_kept_apart(server, digits_run, tmp_path):
+    assert "pushed: " in call([*PUSH, digits_run / "pipeline", "user/digits"])
+    assert server.repos["user/digits"]["private"]
+    out = ["--num-images", 4, "--out", tmp_path / "x.npz"]
+    shown = call([*SAMPLE, "user/digits", *out], code=1, HF_TOKEN="", HF_HOME=str(tmp_path / "other"))
+    assert shown.startswith("error: user/digits is no folder, and from the Hub it cannot be had: 401")
+    assert "4 images" in call([*SAMPLE, "user/digits", *out])
+    call([*PUSH, digits_run, "user/digits", "--revision", "v1"])
+    assert server.files("user/digits", "v1").keys() == server.files("user/digits").keys()
+    assert "4 images" in call([*SAMPLE, "user/digits", "--revision", "v1", *out])
+    assert "Revision v2 not found" in call([*SAMPLE, "user/digits", "--revision", "v2", *out], code=1)
+    call([*PUSH, digits_run / "pipeline", "user/open", "--public"])
+    assert not server.repos["user/open"]["private"]
+
+
+@pytest.mark.parametrize(
+    "token, message",
+    [("", "401"), (hub_server.READ_TOKEN, "403")],
+)
+def test_push_without_permission_ends_with_one_line(token, message, server, digits_run, tmp_path):
+    shown = call([*PUSH, digits_run / "pipeline", "user/digits"], code=1, HF_TOKEN=token, HF_HOME=str(tmp_path / "no"))
+    assert shown.startswith("error: user/digits could not be pushed: ") and message in shown
+    assert shown.count("\n") == 1 and "hf_" not in shown
+
+
+def test_full_disk_for_the_cache_ends_with_one_line(server, digits_run, tmp_path):
+    call([*PUSH, digits_run / "pipeline", "user/digits"])
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("mount needs root")  # as which CI runs
+    try:
+        shown = call([*SAMPLE, "user/digits", "--out", tmp_path / "x.png"], code=1, HF_HOME=str(small))
+        assert "error: user/digits is no folder, and from the Hub it cannot be had: " in shown and "space" in shown
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "planted-folder"
+    (folder / "class").mkdir(parents=True)
+    for number in range(32):
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"class/{number}.png")
+    return folder
+
+
+def short_recipe(out: Path, images: Path) -> TrainConfig:
+    return TrainConfig(
+        out=out, data=str(images), resolution=8, model="DiT-XS/8", steps=6, global_batch=8,
+        ema_decay=(0.9,), log_every=1, checkpoint_every=2, sample_every=10**6, keep=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def recipe(images, tmp_path) -> TrainConfig:
+    return short_recipe(tmp_path / "run", images)
+
+
+def trained(recipe: TrainConfig, deadline: float = 120, number: int | None = None) -> int:
+    """Trains in a process of its own, with a signal once it waits for the Hub if one is given; its exit code."""
+
+    def work():
+        hub.DEADLINE = deadline
+        Trainer(recipe).train()
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    if number is not None:
+        while child.is_alive() and not (recipe.out / "pipeline").exists():
+            time.sleep(0.1)
+        time.sleep(1)
+        os.kill(child.pid, number)
+    child.join()
+    return child.exitcode
+
+
+def digest(out: Path) -> str:
+    """Of all that was trained: weights, average and Adam."""
+    values = {}
+    for path in sorted((out / "step-00000006").rglob("*.safetensors")):
+        values |= {f"{path.parent.name}.{name}": value for name, value in load_file(path).items()}
+    return hashlib.sha256(b"".join(values[name].numpy().tobytes() for name in sorted(values))).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def plain(images, tmp_path_factory) -> str:
+    """What a run without a push ends with."""
+    recipe = short_recipe(tmp_path_factory.mktemp("plain") / "run", images)
+    assert trained(recipe) == 0
+    return digest(recipe.out)
+
+
+def test_run_pushes_as_it_goes_and_at_its_end(server, recipe, plain, capfd):
+    """The exported model, private, with no token, login or place of this machine in it or in what was printed."""
+    pushing = replace(recipe, push_to_hub="user/run", push_every=2)
+    assert trained(pushing) == 0
+    said = capfd.readouterr()
+    assert "user/run: pushed" in said.err
+    files = server.files("user/run")
+    assert (
+        files["net/diffusion_pytorch_model.safetensors"]
+        == (recipe.out / "pipeline/net/diffusion_pytorch_model.safetensors").read_bytes()
+    )
+    assert server.repos["user/run"]["private"] and not any("optimizer" in name for name in files)
+    everything = b"".join(files.values()) + (said.out + said.err + (recipe.out / "push.log").read_text()).encode()
+    assert hub_server.TOKEN.encode() not in everything and b"planted-login" not in everything
+    pushed = b"".join(files.values())
+    assert b"planted-folder" not in pushed and str(recipe.out.parent).encode() not in pushed
+    assert not (recipe.out / ".push").exists()
+    assert digest(recipe.out) == plain
+
+
+def down(handler, path) -> bool:
+    handler.close_connection = True
+    handler.connection.close()
+    return True
+
+
+def hanging(handler, path) -> bool:
+    time.sleep(60)
+    return down(handler, path)
+
+
+def broken(handler, path) -> bool:
+    handler.read_body()
+    handler.answer(503, {"error": "later"})
+    return True
+
+
+def cut(handler, path) -> bool:
+    """Closes the connection amid the upload of a large file."""
+    if not path.startswith("/lfs/"):
+        return False
+    handler.rfile.read(1000)
+    return down(handler, path)
+
+
+@pytest.mark.parametrize("fault", [down, hanging, broken, cut, "401", "403"])
+def test_faults_of_the_hub_do_not_touch_the_run(fault, server, recipe, plain, capfd, monkeypatch):
+    """The weights are those of a run that does not push; the command that it names completes the push."""
+    if isinstance(fault, str):
+        monkeypatch.setenv("HF_TOKEN", {"401": "hf_wrong", "403": hub_server.READ_TOKEN}[fault])
+    else:
+        server.fault = fault
+    pushing = replace(recipe, push_to_hub="user/run", push_every=3)
+    assert trained(pushing, deadline=15) == 0
+    shown = capfd.readouterr().err
+    assert "user/run: not pushed, " in shown
+    command = shown.rpartition("to push: python ")[2].splitlines()[0].split()
+    assert "hf_wrong" not in shown and hub_server.READ_TOKEN not in shown
+    assert digest(recipe.out) == plain
+    if fault not in (cut, "401"):
+        return
+    server.fault = lambda handler, path: False
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    assert "pushed: " in call([sys.executable, *command])
+    assert "net/diffusion_pytorch_model.safetensors" in server.files("user/run")
+
+
+def test_push_is_tried_again(server, digits_run):
+    """After two answers of 503."""
+    faults = iter([True, True])
+    server.fault = lambda handler, path: next(faults, False) and broken(handler, path)
+    shown = call([*PUSH, digits_run / "pipeline", "user/digits"])
+    assert "again in 1 s" in shown and "pushed: " in shown
+
+
+def test_signal_does_not_wait_for_the_hub(server, recipe, capfd):
+    server.fault = hanging
+    begin = time.perf_counter()
+    assert trained(replace(recipe, push_to_hub="user/run"), deadline=300, number=signal.SIGTERM) == 0
+    assert time.perf_counter() - begin < 60
+    assert "user/run: not pushed, the run was stopped" in capfd.readouterr().err
+
+
+def test_training_begins_with_weights_from_the_hub(server, digits_run, tmp_path):
+    call([*PUSH, digits_run / "pipeline", "user/digits", "--revision", "v1"])
+    flags = ["--model", "DiT-XS/4", "--steps", "1", "--lr", "1e-30", "--init-from", "user/digits@v1"]
+    call([sys.executable, "recipes/digits_dit.py", *flags, "--out", tmp_path / "run"])
+    name = "diffusion_pytorch_model.safetensors"
+    a, b = load_file(tmp_path / "run/step-00000001/model" / name), load_file(digits_run / "pipeline/net" / name)
+    assert all(torch.allclose(a[key], b[key]) for key in b)

@@ -1,0 +1,231 @@
+"""tools/sample.py and tools/export.py, as a user calls them."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from meanflow.checkpoint import load_network
+from meanflow.export import export, load_pipeline
+from meanflow.noise import noise
+from meanflow.objective import average_velocity
+from meanflow.sampler import sample
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tool(monkeypatch, capfd):
+    """Runs a tool in this process; what it printed, or the line it ended with."""
+
+    def call(name: str, *flags) -> str:
+        monkeypatch.setattr("sys.argv", [f"tools/{name}.py", *map(str, flags)])
+        try:
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            shown = capfd.readouterr()
+            return str(end.code) if isinstance(end.code, str) else shown.out + shown.err
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return "".join(capfd.readouterr())
+
+    return call
+
+
+def test_pictures_are_those_of_the_averaged_network(digits_run, tool, tmp_path):
+    """Column by column a class: by the sampler itself, and as a PNG, a folder and an npz."""
+    shown = tool("sample", digits_run, "--classes", "3", "7", "--num-images", 6, "--out", tmp_path / "x.npz")
+    assert "guidance none trained in (omega 1, kappa 0)" in shown
+    assert f"{tmp_path / 'x.npz'}: 6 images, meanflow, 1 step, " in shown
+    net, config = load_network(digits_run / "step-00000002")
+    y = torch.tensor([3, 7] * 3)
+    with torch.no_grad():
+        x = sample(lambda z, t, r: average_velocity(net, config, z, t, r, y), noise(0, range(6), (1, 8, 8)))
+    expected = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    with np.load(tmp_path / "x.npz") as file:
+        assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8
+        assert (file["arr_0"] == expected).all()
+    flags = (digits_run, "--classes", "3", "7", "--num-images", 6, "--batch-size", 4, "--out")
+    tool("sample", *flags, tmp_path / "folder")
+    for number, image in enumerate(expected):
+        assert (np.asarray(Image.open(tmp_path / f"folder/{number:06d}.png")) == image[..., 0]).all()
+    tool("sample", *flags, tmp_path / "x.png")
+    picture = np.asarray(Image.open(tmp_path / "x.png"))  # of two columns: 2 pixels between, each image 4 x larger
+    assert (picture[2:34:4, 36:68:4, 0] == expected[1][..., 0]).all()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_averages_solvers_and_seeds_differ(digits_run, tool, tmp_path):
+    pictures = {}
+    for name, flags in {
+        "plain": (), "ema": ("--ema", 0.5), "seed": ("--seed", 1), "euler": ("--solver", "euler", "--num-steps", 3),
+        "two": ("--num-steps", 2), "again": ("--seed", 0),
+    }.items():  # fmt: skip
+        tool("sample", digits_run, "--num-images", 10, *flags, "--out", tmp_path / f"{name}.npz")
+        pictures[name] = np.load(tmp_path / f"{name}.npz")["arr_0"]
+    assert (pictures.pop("again") == pictures["plain"]).all()
+    others = list(pictures.values())
+    assert all((a != b).any() for i, a in enumerate(others) for b in others[:i])
+
+
+def test_image_depends_on_seed_and_number_alone():
+    """Its noise bit for bit, whatever the batch."""
+    whole = noise(5, range(64), (1, 8, 8))
+    for size in (1, 3):
+        parts = [noise(5, range(64)[first : first + size], (1, 8, 8)) for first in range(0, 64, size)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_images_hardly_depend_on_the_batch(digits_run):
+    """1e-5 in floats: products of matrices of other sizes round otherwise."""
+    pipe = load_pipeline(digits_run)
+    pipe.set_progress_bar_config(disable=True)
+    y, e = [k % 10 for k in range(64)], pipe.noise(0, range(64))
+    whole = pipe(y, latents=e, output_type="pt").images
+    for size in (1, 3):
+        for first in range(0, 64, size):
+            part = slice(first, first + size)
+            torch.testing.assert_close(
+                pipe(y[part], latents=e[part], output_type="pt").images, whole[part], rtol=0, atol=1e-5
+            )
+
+
+@pytest.mark.slow
+def test_two_processes_sample_what_one_does(digits_run, tool, tmp_path):
+    """On the digits to the last bit; batches of 4 among 2 processes, 30 images."""
+    tool("sample", digits_run, "--num-images", 30, "--out", tmp_path / "one.npz")
+    launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "-q", "--config_file"]
+    command = [*launch, "accelerate_configs/cpu_2proc.yaml", "tools/sample.py", str(digits_run), "--batch-size", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    flags = ["--num-images", "30", "--out"]
+    subprocess.run([*command, *flags, str(tmp_path / "two.npz")], cwd=ROOT, env=environment, check=True)
+    assert (np.load(tmp_path / "one.npz")["arr_0"] == np.load(tmp_path / "two.npz")["arr_0"]).all()
+
+
+def test_help_needs_no_torch(tmp_path):
+    """So it answers at once."""
+    for name in ("sample", "export", "push_to_hub"):
+        code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path('tools/{name}.py', run_name='__main__')"
+        code = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    assert 'torch' not in sys.modules"
+        shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0 and "--" in shown.stdout, shown.stderr
+
+
+@pytest.fixture
+def broken(digits_run, tmp_path) -> Path:
+    """Copies of the run and its export with one fault each."""
+    for name in ("damaged", "half"):
+        shutil.copytree(digits_run, tmp_path / name)
+    weights = tmp_path / "damaged/step-00000002/ema/0.9/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 1
+    weights.write_bytes(content)
+    (tmp_path / "half/step-00000002/ema/0.9/diffusion_pytorch_model.safetensors").unlink()
+    for name in ("cut", "empty"):
+        shutil.copytree(digits_run / "pipeline", tmp_path / name)
+    os.truncate(tmp_path / "cut/net/diffusion_pytorch_model.safetensors", 1000)
+    (tmp_path / "empty/model_index.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "checkpoint, flags, message",
+    [
+        ("nowhere", [], "no such folder"),
+        (".", [], "is no run with a checkpoint, no checkpoint and no exported folder"),
+        ("damaged", [], "ema/0.9/diffusion_pytorch_model.safetensors is missing or damaged"),
+        ("half", [], "ema/0.9/diffusion_pytorch_model.safetensors is missing or damaged"),
+        ("cut", [], "cut cannot be loaded, .*: "),
+        ("empty", [], "empty cannot be loaded, KeyError: 'net'"),
+        ("run", ["--classes", "cat"], "no class 'cat'"),
+        ("run", ["--classes", "10"], "class must be in .0, 10., got 10"),
+        ("run", ["--seed", "-1"], "seed must be >= 0, got -1"),
+        ("run", ["--num-images", "0"], "num_images must be >= 1, got 0"),
+        ("run", ["--num-steps", "0"], "num_steps must be >= 1, got 0"),
+        ("run", ["--ema", "0.7"], "ema must be one of 0.9, 0.5 for .*, got 0.7"),
+        ("run", ["--variant", "bf16"], "variant bf16 is for exported folders"),
+        ("run/pipeline", ["--variant", "bf16"], "variant bf16 of .* cannot be loaded, .*bf16.safetensors"),
+        ("run/pipeline", ["--ema", "0.9"], "ema 0.9 is for runs"),
+        ("run", ["--solver", "ddim"], "ddim"),
+        ("run", ["--revision", "v1"], "revision v1 is for the Hub"),
+        ("run", ["--device", "nonsense"], "device nonsense is not there: "),
+        ("run", ["--out", "/proc/x/y.png"], "/proc/x"),
+    ],
+)
+def test_bad_input_ends_with_one_line(checkpoint, flags, message, digits_run, broken, tool, tmp_path):
+    source = digits_run if checkpoint == "run" else broken / checkpoint
+    source = digits_run / "pipeline" if checkpoint == "run/pipeline" else source
+    out = [] if "--out" in flags else ["--out", tmp_path / "x.png"]
+    shown = tool("sample", source, *flags, *out)
+    assert re.search(message, shown), shown
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_flow_matching_and_guided_checkpoints_say_what_they_are(digits_run, tool, tmp_path):
+    """By the facts alone, which this test changes."""
+    for name, changes in {"flow": {"meanflow_ratio": 0.0}, "guided": {"omega": 0.5, "kappa": 0.75}}.items():
+        folder = shutil.copytree(digits_run / "pipeline", tmp_path / name)
+        index = json.loads((folder / "model_index.json").read_text())
+        index["objective"] |= changes
+        (folder / "model_index.json").write_text(json.dumps(index))
+    shown = tool("sample", tmp_path / "flow", "--out", tmp_path / "x.png")
+    assert "solver meanflow cannot sample a network of plain flow matching: use euler with 50 steps" in shown
+    assert "64 images, euler, 50 steps" in tool(
+        "sample", tmp_path / "flow", "--solver", "euler", "--out", tmp_path / "x.png"
+    )
+    shown = tool("sample", tmp_path / "guided", "--out", tmp_path / "x.png")
+    assert "guidance trained in, effective scale 2 for t in [0, 1] (omega 0.5, kappa 0.75)" in shown
+    shown = tool("sample", tmp_path / "guided", "--cfg-scale", 3, "--out", tmp_path / "x.png")
+    assert "guidance is trained into this network, at scale 2, and costs nothing; 3 cannot be had by sampling" in shown
+
+
+def test_finished_run_is_exported_with_its_card(digits_run):
+    folder = digits_run / "pipeline"
+    card = (folder / "README.md").read_text()
+    for words in (
+        "library_name: diffusers", "license: other", "DiT-XS/4, 1x8x8", "351,120 parameters", "trust_remote_code=True",
+        '"objective.meanflow_ratio": 0.25', "pip install diffusers timm", "![samples](samples.png)",
+    ):  # fmt: skip
+        assert words in card
+    assert str(digits_run.parent) not in card and "init_from" not in card
+    assert Image.open(folder / "samples.png").size == (10 * 34 + 2, 4 * 34 + 2)
+
+
+def test_export_has_variants_metrics_and_what_the_card_is_told(digits_run, tool, tmp_path):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    (run / "metrics.json").write_text(json.dumps({"MeanFlow, 1 step": {"accuracy": 0.98, "energy_distance": 0.19}}))
+    flags = ["--ema", 0.5, "--variants", "bf16", "fp16", "--license", "mit", "--datasets", "user/digits"]
+    tool("export", run, *flags, "--out", tmp_path / "model")
+    card = (tmp_path / "model/README.md").read_text()
+    for words in ("license: mit", "- user/digits", "| MeanFlow, 1 step | 0.98 | 0.19 |", "accuracy | energy distance"):
+        assert words in card
+    full, half = load_pipeline(tmp_path / "model"), load_pipeline(tmp_path / "model", variant="bf16")
+    net, _ = load_network(run / "step-00000002", 0.5)
+    for a, b, c in zip(full.net.parameters(), half.net.parameters(), net.parameters()):
+        assert torch.equal(a, c) and torch.equal(b, c.bfloat16().float())
+    shown = tool("sample", tmp_path / "model", "--variant", "fp16", "--dtype", "bf16", "--out", tmp_path / "x.png")
+    assert "64 images" in shown
+    tool("export", run, "--out", tmp_path / "model")  # again, over it
+    assert not (tmp_path / "model/net/diffusion_pytorch_model.bf16.safetensors").exists()
+    assert "holds something else than an exported model" in tool("export", run, "--out", run)
+    assert "is no run with a checkpoint" in tool("export", tmp_path / "nowhere", "--out", tmp_path / "y")
+
+
+def test_export_that_fails_leaves_what_was_there(digits_run, tmp_path, monkeypatch):
+    out = shutil.copytree(digits_run / "pipeline", tmp_path / "model")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr("meanflow.export.card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(digits_run, out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.glob(".*"))
