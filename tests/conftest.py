@@ -1,10 +1,14 @@
 """What several tests share."""
 
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 
+import hub_server
 import numpy as np
 import pytest
 import torch
+from local_hub import HUB
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -13,6 +17,14 @@ from models.dit import DiT
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def hub(monkeypatch) -> hub_server.Hub:
+    """The Hub, empty and without faults, and a token that may write."""
+    HUB.__init__()
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    return HUB
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +129,25 @@ def digits_run(tmp_path_factory) -> Path:
     Trainer(recipe).train()
     AcceleratorState._reset_state(reset_partial_state=True)
     return recipe.out
+
+
+@pytest.fixture
+def tool(monkeypatch, capfd) -> Callable[..., str]:
+    """Runs a tool in this process; what it printed, or the line it ended with."""
+
+    from accelerate.state import AcceleratorState
+
+    root = Path(__file__).parents[1]
+
+    def call(name: str, *flags) -> str:
+        monkeypatch.setattr("sys.argv", [f"tools/{name}.py", *map(str, flags)])
+        try:
+            runpy.run_path(str(root / "tools" / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            shown = capfd.readouterr()
+            return str(end.code) if isinstance(end.code, str) else shown.out + shown.err
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return "".join(capfd.readouterr())
+
+    return call

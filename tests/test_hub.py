@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,29 +17,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from meanflow import hub
+import meanflow.hub
+from meanflow.checkpoint import init_weights
 from meanflow.config import TrainConfig
+from meanflow.export import load_pipeline
 from meanflow.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
-PUSH = [sys.executable, "tools/push_to_hub.py"]
 SAMPLE = [sys.executable, "tools/sample.py"]
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path) -> Iterator[hub_server.Hub]:
-    """A Hub, and an environment for processes that talk to it. (huggingface_hub reads it when it is imported.)"""
-    running, the_hub, url = hub_server.serve()
-    for name, value in {
-        "HF_ENDPOINT": url, "HF_TOKEN": hub_server.TOKEN, "HF_HOME": tmp_path / "hf", "HF_HUB_DISABLE_XET": "1",
-        "LOGNAME": "planted-login", "USER": "planted-login", "OMP_NUM_THREADS": "1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    yield the_hub
-    running.shutdown()
+def planted(hub, monkeypatch) -> hub_server.Hub:
+    """The Hub, for processes with a login name that must not leak."""
+    for name in ("LOGNAME", "USER"):
+        monkeypatch.setenv(name, "planted-login")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return hub
 
 
 def call(command: list, code: int | None = 0, **environment) -> str:
@@ -83,12 +76,13 @@ BY_A_STRANGER = """if True:
 """
 
 
-def test_four_ways_from_one_seed_give_the_same_pixels(server, digits_run, tmp_path):
+@pytest.mark.slow
+def test_four_ways_from_one_seed_give_the_same_pixels(hub, digits_run, tool, tmp_path):
     """Each in a process of its own; the last where this project cannot be imported."""
     run = digits_run
     if given := os.environ.get("MEANFLOW_TEST_RUN"):  # another run on the digits, such as that of make demo
         run = Path(given)
-    call([*PUSH, run, "user/digits"])
+    tool("push_to_hub", run, "user/digits")
     flags = ["--num-images", 20, "--seed", 3, "--out"]
     call([*SAMPLE, run, *flags, tmp_path / "run.npz"])
     call([*SAMPLE, "user/digits", *flags, tmp_path / "id.npz"])
@@ -108,33 +102,35 @@ def test_four_ways_from_one_seed_give_the_same_pixels(server, digits_run, tmp_pa
         assert (arr(tmp_path / f"{name}.npz") == expected).all(), name
 
 
-def test_private_repository_needs_the_token_and_revisions_are_kept_apart(server, digits_run, tmp_path):
-    assert "pushed: " in call([*PUSH, digits_run / "pipeline", "user/digits"])
-    assert server.repos["user/digits"]["private"]
-    out = ["--num-images", 4, "--out", tmp_path / "x.npz"]
-    shown = call([*SAMPLE, "user/digits", *out], code=1, HF_TOKEN="", HF_HOME=str(tmp_path / "other"))
-    assert shown.startswith("error: user/digits is no folder, and from the Hub it cannot be had: 401")
-    assert "4 images" in call([*SAMPLE, "user/digits", *out])
-    call([*PUSH, digits_run, "user/digits", "--revision", "v1"])
-    assert server.files("user/digits", "v1").keys() == server.files("user/digits").keys()
-    assert "4 images" in call([*SAMPLE, "user/digits", "--revision", "v1", *out])
-    assert "Revision v2 not found" in call([*SAMPLE, "user/digits", "--revision", "v2", *out], code=1)
-    call([*PUSH, digits_run / "pipeline", "user/open", "--public"])
-    assert not server.repos["user/open"]["private"]
+def test_private_repository_needs_the_token_and_revisions_are_kept_apart(hub, digits_run, tool, monkeypatch):
+    assert "pushed: " in tool("push_to_hub", digits_run / "pipeline", "user/private")
+    assert hub.repos["user/private"]["private"]
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="from the Hub it cannot be had: 401"):
+        patch.delenv("HF_TOKEN")
+        load_pipeline("user/private")
+    tool("push_to_hub", digits_run, "user/private", "--revision", "v1")
+    assert hub.files("user/private", "v1").keys() == hub.files("user/private").keys()
+    for revision in (None, "v1"):
+        assert load_pipeline("user/private", revision=revision).id2label[3] == "3"
+    with pytest.raises(ValueError, match="Revision v2 not found"):
+        load_pipeline("user/private", revision="v2")
+    tool("push_to_hub", digits_run / "pipeline", "user/open", "--public")
+    assert not hub.repos["user/open"]["private"]
+    monkeypatch.delenv("HF_TOKEN")
+    load_pipeline("user/open")
 
 
-@pytest.mark.parametrize(
-    "token, message",
-    [("", "401"), (hub_server.READ_TOKEN, "403")],
-)
-def test_push_without_permission_ends_with_one_line(token, message, server, digits_run, tmp_path):
-    shown = call([*PUSH, digits_run / "pipeline", "user/digits"], code=1, HF_TOKEN=token, HF_HOME=str(tmp_path / "no"))
+@pytest.mark.parametrize("token, message", [("hf_wrong", "401"), (hub_server.READ_TOKEN, "403")])
+def test_push_without_permission_ends_with_one_line(token, message, hub, digits_run, tool, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
+    shown = tool("push_to_hub", digits_run / "pipeline", "user/digits")
     assert shown.startswith("error: user/digits could not be pushed: ") and message in shown
-    assert shown.count("\n") == 1 and "hf_" not in shown
+    assert "\n" not in shown and token not in shown
 
 
-def test_full_disk_for_the_cache_ends_with_one_line(server, digits_run, tmp_path):
-    call([*PUSH, digits_run / "pipeline", "user/digits"])
+@pytest.mark.slow
+def test_full_disk_for_the_cache_ends_with_one_line(hub, digits_run, tool, tmp_path):
+    tool("push_to_hub", digits_run / "pipeline", "user/digits")
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
@@ -172,7 +168,7 @@ def trained(recipe: TrainConfig, deadline: float = 120, number: int | None = Non
     """Trains in a process of its own, with a signal once it waits for the Hub if one is given; its exit code."""
 
     def work():
-        hub.DEADLINE = deadline
+        meanflow.hub.DEADLINE = deadline
         Trainer(recipe).train()
 
     child = multiprocessing.get_context("fork").Process(target=work)
@@ -202,18 +198,19 @@ def plain(images, tmp_path_factory) -> str:
     return digest(recipe.out)
 
 
-def test_run_pushes_as_it_goes_and_at_its_end(server, recipe, plain, capfd):
+@pytest.mark.slow
+def test_run_pushes_as_it_goes_and_at_its_end(planted, recipe, plain, capfd):
     """The exported model, private, with no token, login or place of this machine in it or in what was printed."""
     pushing = replace(recipe, push_to_hub="user/run", push_every=2)
     assert trained(pushing) == 0
     said = capfd.readouterr()
     assert "user/run: pushed" in said.err
-    files = server.files("user/run")
+    files = planted.files("user/run")
     assert (
         files["net/diffusion_pytorch_model.safetensors"]
         == (recipe.out / "pipeline/net/diffusion_pytorch_model.safetensors").read_bytes()
     )
-    assert server.repos["user/run"]["private"] and not any("optimizer" in name for name in files)
+    assert planted.repos["user/run"]["private"] and not any("optimizer" in name for name in files)
     everything = b"".join(files.values()) + (said.out + said.err + (recipe.out / "push.log").read_text()).encode()
     assert hub_server.TOKEN.encode() not in everything and b"planted-login" not in everything
     pushed = b"".join(files.values())
@@ -247,13 +244,14 @@ def cut(handler, path) -> bool:
     return down(handler, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [down, hanging, broken, cut, "401", "403"])
-def test_faults_of_the_hub_do_not_touch_the_run(fault, server, recipe, plain, capfd, monkeypatch):
+def test_faults_of_the_hub_do_not_touch_the_run(fault, planted, recipe, plain, capfd, monkeypatch):
     """The weights are those of a run that does not push; the command that it names completes the push."""
     if isinstance(fault, str):
         monkeypatch.setenv("HF_TOKEN", {"401": "hf_wrong", "403": hub_server.READ_TOKEN}[fault])
     else:
-        server.fault = fault
+        planted.fault = fault
     pushing = replace(recipe, push_to_hub="user/run", push_every=3)
     assert trained(pushing, deadline=15) == 0
     shown = capfd.readouterr().err
@@ -263,32 +261,34 @@ def test_faults_of_the_hub_do_not_touch_the_run(fault, server, recipe, plain, ca
     assert digest(recipe.out) == plain
     if fault not in (cut, "401"):
         return
-    server.fault = lambda handler, path: False
+    planted.fault = lambda handler, path: False
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
     assert "pushed: " in call([sys.executable, *command])
-    assert "net/diffusion_pytorch_model.safetensors" in server.files("user/run")
+    assert "net/diffusion_pytorch_model.safetensors" in planted.files("user/run")
 
 
-def test_push_is_tried_again(server, digits_run):
+def test_push_is_tried_again(hub, digits_run, tool):
     """After two answers of 503."""
     faults = iter([True, True])
-    server.fault = lambda handler, path: next(faults, False) and broken(handler, path)
-    shown = call([*PUSH, digits_run / "pipeline", "user/digits"])
+    hub.fault = lambda handler, path: next(faults, False) and broken(handler, path)
+    shown = tool("push_to_hub", digits_run / "pipeline", "user/digits")
     assert "again in 1 s" in shown and "pushed: " in shown
 
 
-def test_signal_does_not_wait_for_the_hub(server, recipe, capfd):
-    server.fault = hanging
+@pytest.mark.slow
+def test_signal_does_not_wait_for_the_hub(planted, recipe, capfd):
+    planted.fault = hanging
     begin = time.perf_counter()
     assert trained(replace(recipe, push_to_hub="user/run"), deadline=300, number=signal.SIGTERM) == 0
     assert time.perf_counter() - begin < 60
     assert "user/run: not pushed, the run was stopped" in capfd.readouterr().err
 
 
-def test_training_begins_with_weights_from_the_hub(server, digits_run, tmp_path):
-    call([*PUSH, digits_run / "pipeline", "user/digits", "--revision", "v1"])
-    flags = ["--model", "DiT-XS/4", "--steps", "1", "--lr", "1e-30", "--init-from", "user/digits@v1"]
-    call([sys.executable, "recipes/digits_dit.py", *flags, "--out", tmp_path / "run"])
-    name = "diffusion_pytorch_model.safetensors"
-    a, b = load_file(tmp_path / "run/step-00000001/model" / name), load_file(digits_run / "pipeline/net" / name)
-    assert all(torch.allclose(a[key], b[key]) for key in b)
+def test_training_begins_with_weights_from_the_hub(hub, digits_run, tool):
+    tool("push_to_hub", digits_run / "pipeline", "user/start", "--revision", "v1")
+    net, expected = load_pipeline(digits_run).net, load_pipeline(digits_run / "pipeline").net
+    torch.nn.init.zeros_(net.final_layer.linear.weight)
+    init_weights(net, "user/start@v1")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), expected.parameters()))
+    with pytest.raises(ValueError, match="user/start is no folder, and from the Hub it cannot be had: 404"):
+        init_weights(net, "user/start@v2")

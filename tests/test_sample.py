@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from meanflow.checkpoint import load_network
@@ -22,24 +20,6 @@ from meanflow.objective import average_velocity
 from meanflow.sampler import sample
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def tool(monkeypatch, capfd):
-    """Runs a tool in this process; what it printed, or the line it ended with."""
-
-    def call(name: str, *flags) -> str:
-        monkeypatch.setattr("sys.argv", [f"tools/{name}.py", *map(str, flags)])
-        try:
-            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
-        except SystemExit as end:
-            shown = capfd.readouterr()
-            return str(end.code) if isinstance(end.code, str) else shown.out + shown.err
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-        return "".join(capfd.readouterr())
-
-    return call
 
 
 def test_pictures_are_those_of_the_averaged_network(digits_run, tool, tmp_path):
