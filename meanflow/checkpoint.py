@@ -254,15 +254,12 @@ def go_back(out: Path, folder: Path) -> None:
 
 
 def init_weights(net: ModelMixin, source: str) -> None:
-    """Gives net the weights of a checkpoint (its model, not an average), of an exported folder or of a Hub id.
-
-    A Hub id may have a revision: ID@REVISION.
-
+    """Gives net the weights of a checkpoint (its model, not an average), an exported folder, a Hub id or ID@REVISION.
 
     Raises:
         ValueError: there are none, or they are of another shape.
     """
-    folder = fetch(*source.split("@", 1))
+    folder = fetch(source) if Path(source).expanduser().exists() else fetch(*source.split("@", 1))
     folder = next((folder / name for name in ("model", "net") if (folder / name).is_dir()), folder)
     try:
         net.load_state_dict(type(net).from_pretrained(folder).state_dict())
@@ -298,7 +295,7 @@ def load_network(folder: Path, decay: float | None = None) -> tuple[ModelMixin, 
     decay = recipe["ema_decay"][0] if decay is None else decay
     if decay not in recipe["ema_decay"]:
         raise ValueError(f"ema must be one of {', '.join(map(str, recipe['ema_decay']))} for {folder}, got {decay}")
-    verify(folder, f"ema/{decay}")
+    verify(folder, f"ema/{decay}/")
     net = MODELS[recipe["model"]].func.from_pretrained(folder / "ema" / str(decay))
     objective = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe["objective"].items()}
     return net.eval(), MeanFlowConfig(**objective)

@@ -2,10 +2,13 @@
 
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
+
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 
 
 def check(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -206,6 +209,8 @@ class TrainConfig:
             values = getattr(self, name)
             check(len(values) > 0 and all(0 <= value < 1 for value in values), name, values, "in [0, 1)")
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
+        known = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub)
+        check(known, "push_to_hub", self.push_to_hub, "a Hub id, user/name")
         unused = self.objective.guided and self.objective.class_dropout_prob == 0
         check(not unused, "objective.class_dropout_prob", 0.0, "> 0 with guidance, which reads the null class")
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from meanflow.hub import fetch
 from meanflow.pictures import save_grid
 from meanflow.pipeline import MeanFlowPipeline
 from meanflow.preflight import guidance_in_words, parameters
-from meanflow.vae import load_vae
+from meanflow.vae import fingerprint, load_vae
 from models import MODELS
 
 INDEX = "model_index.json"
@@ -41,10 +42,27 @@ def load_pipeline(
     folder = find_checkpoint(folder)
     if variant is not None:
         raise ValueError(f"variant {variant} is for exported folders, and {folder} is a checkpoint")
-    net, objective = checkpoint.load_network(folder, ema)
-    recipe, facts = (json.loads((folder / f"{name}.json").read_text()) for name in ("recipe", "data"))
-    vae = load_vae(recipe["vae"]) if recipe["vae"] else None
-    return MeanFlowPipeline(net, vae, asdict(objective), dict(enumerate(facts["classes"])), facts.get("latents", {}))
+    with named(folder):
+        recipe, facts = (json.loads((folder / f"{name}.json").read_text()) for name in ("recipe", "data"))
+        net, _ = checkpoint.load_network(folder, ema)
+        vae = load_vae(recipe["vae"]) if recipe["vae"] else None
+        if vae is not None and fingerprint(vae) != facts["vae_sha256"]:
+            raise ValueError(f"vae: {recipe['vae']} has other weights than in training")
+        names = dict(enumerate(facts["classes"]))
+        return MeanFlowPipeline(net, vae, recipe["objective"], names, facts.get("latents"))
+
+
+@contextmanager
+def named(place: str | Path) -> Iterator[None]:
+    """Makes an error of a file's content, of many kinds by three packages, one that names the place."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is ValueError:
+            raise  # by us: it says enough
+        raise ValueError(f"{place} is damaged: {first_line(error)}") from None
+    except Exception as error:
+        raise ValueError(f"{place} cannot be loaded, {type(error).__name__}: {first_line(error)}") from None
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -60,17 +78,14 @@ def read_export(folder: Path, variant: str | None) -> MeanFlowPipeline:
     """Without running the code that lies there."""
     from diffusers import AutoencoderKL
 
-    try:
+    with named(f"variant {variant} of {folder}" if variant else folder):
         index = json.loads((folder / INDEX).read_text())
-        kind = NETWORKS[index["net"][1]]
-        net = kind.from_pretrained(folder / "net", variant=variant, use_safetensors=True)
+        net = NETWORKS[index["net"][1]].from_pretrained(folder / "net", variant=variant, use_safetensors=True)
         vae = None
         if (index.get("vae") or [None])[0]:
             vae = AutoencoderKL.from_pretrained(folder / "vae", variant=variant, use_safetensors=True)
-        return MeanFlowPipeline(net.eval(), vae, index["objective"], index["id2label"], index["latents"])
-    except Exception as error:  # of many kinds, by three packages
-        of = f"variant {variant} of " if variant else ""
-        raise ValueError(f"{of}{folder} cannot be loaded, {type(error).__name__}: {first_line(error)}") from None
+        facts = {name: index.get(name) for name in ("objective", "id2label", "latents", "sampling")}
+        return MeanFlowPipeline(net.eval(), vae, **facts)
 
 
 def export(
@@ -89,17 +104,25 @@ def export(
     Raises:
         ValueError: source has no whole checkpoint, or out holds something else.
     """
-    if out.exists() and not (out / INDEX).is_file() and any(out.iterdir()):
+    ours = (out / INDEX).is_file() and "MeanFlowPipeline" in (out / INDEX).read_text() and not (out / ".git").exists()
+    if out.exists() and not ours and any(out.iterdir()):
         raise ValueError(f"{out} holds something else than an exported model: choose another folder")
     source = find_checkpoint(source)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        for variant in (None, *variants):
-            cast(load_pipeline(source, ema), variant).save_pretrained(temporary, variant=variant)
         pipe = load_pipeline(source, ema)
-        picture(pipe, temporary / "samples.png")
-        (temporary / "README.md").write_text(card(source, pipe, license, datasets))
+        pipe.save_pretrained(temporary)
+        newest = ema is None and source in checkpoint.checkpoints(source.parent)[-1:]
+        measured = metrics(source.parent / "metrics.json") if newest else ""
+        (temporary / "README.md").write_text(card(source, pipe, license, datasets, measured))
+        drawn = source.parent / "samples" / f"step-{checkpoint.saved_step(source):08d}.png"
+        if drawn.exists() and ema is None and pipe.config.sampling["solver"] == "meanflow":
+            shutil.copyfile(drawn, temporary / "samples.png")
+        else:
+            picture(pipe, temporary / "samples.png")
+        for variant in variants:
+            cast(load_pipeline(source, ema), variant).save_pretrained(temporary, variant=variant)
         shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
     finally:
@@ -115,19 +138,16 @@ def cast(pipe: MeanFlowPipeline, dtype: str | None) -> MeanFlowPipeline:
 
 
 def picture(pipe: MeanFlowPipeline, path: Path) -> None:
-    """One-step samples, four of each of up to ten classes; of a flow-matching network, by Euler's method."""
+    """A sample of each of up to ten classes, as they are best: so in one step by MeanFlow."""
     num_classes = pipe.net.config.num_classes
     columns = min(num_classes, 10) or 8
-    y = None
-    if num_classes:
-        y = torch.linspace(0, num_classes - 1, columns).long().repeat(4).tolist()
-    how = {} if pipe.objective.meanflow_ratio else {"solver": "euler", "num_inference_steps": 50}
+    y = torch.linspace(0, num_classes - 1, columns).long().tolist() if num_classes else None
     pipe.set_progress_bar_config(disable=True)
-    x = pipe(y, 4 * columns, latents=pipe.noise(0, range(4 * columns)), output_type="pt", **how).images
+    x = pipe(y, columns, latents=pipe.noise(0, range(columns)), output_type="pt").images
     save_grid(2 * x - 1, path, columns)
 
 
-def card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str, ...]) -> str:
+def card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str, ...], measured: str) -> str:
     """The model card. It names no place on this machine: fields that do are left out of the recipe."""
     from huggingface_hub import ModelCardData
 
@@ -140,9 +160,8 @@ def card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str
         pipeline_tag="unconditional-image-generation",
         tags=["meanflow", "one-step", "class-conditional" if pipe.id2label else "unconditional"],
     )
-    flow = recipe["objective"]["meanflow_ratio"] == 0
-    kind = "A flow-matching" if flow else "A MeanFlow"
-    how = ', solver="euler", num_inference_steps=50' if flow else ""
+    best = pipe.config.sampling
+    kind = "A MeanFlow" if best["solver"] == "meanflow" else "A flow-matching"
     call = f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4"
     fields = checkpoint.flatten(recipe)
     names = sorted({*fields} - checkpoint.FREE - {"init_from", "smoke"})
@@ -158,7 +177,7 @@ def card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str
 {kind} network ([arXiv:2505.13447](https://arxiv.org/abs/2505.13447)) of {parameters(pipe.net):,} parameters, after
 {progress["step"]:,} steps of {recipe["global_batch"]} samples; its weights are averages. Classes: {len(pipe.id2label)}.
 Guidance: {guidance_in_words(MeanFlowConfig(**recipe["objective"]))}.
-{"The picture shows 50 steps of Euler's method." if flow else "The picture shows one step."}
+The picture shows {best["num_inference_steps"]} step(s), solver {best["solver"]}, which is the default.
 
 ## Use
 
@@ -168,10 +187,10 @@ It needs `pip install diffusers timm`, and runs the code in this repository.
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("THIS REPOSITORY", trust_remote_code=True)
-image = pipe({call}{how}).images[0]
+image = pipe({call}).images[0]
 ```
 
-{metrics(source.parent / "metrics.json")}## Recipe
+{measured}## Recipe
 
 ```json
 {json.dumps(fields, indent=2)}

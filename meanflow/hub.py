@@ -2,15 +2,17 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from meanflow.config import TrainConfig
+from meanflow.config import HUB_ID, TrainConfig
 from meanflow.files import first_line
 
 DEADLINE = 300  # seconds that a finished run waits for its push
@@ -28,7 +30,7 @@ def fetch(source: str | Path, revision: str | None = None, variant: str | None =
         if revision:
             raise ValueError(f"revision {revision} is for the Hub, and {source} is a folder")
         return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+    if not re.fullmatch(HUB_ID, str(source)):
         raise ValueError(f"{source}: no such folder")
     from huggingface_hub import snapshot_download
 
@@ -58,7 +60,9 @@ def push(folder: Path, repo_id: str, private: bool = True, revision: str | None 
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision).commit_url
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, delete_patterns=["net/*", "vae/*"]
+            ).commit_url
         except Exception as error:  # of many kinds, by two packages
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             refused = status in (400, 401, 403, 404) or isinstance(error, ValueError)
@@ -72,68 +76,99 @@ class Pusher:
     """Pushes a run's checkpoints in a process of its own, one at a time; what it says is in push.log."""
 
     def __init__(self, recipe: TrainConfig):
-        self.recipe, self.child, self.log = recipe, None, recipe.out / "push.log"
+        self.recipe, self.child, self.log, self.said = recipe, None, recipe.out / "push.log", 0
         self.links = recipe.out / ".push"  # of what is pushed, since the run prunes its checkpoints meanwhile
 
     def start(self, source: Path) -> None:
         """Begins to push a checkpoint or an exported folder, unless one is under way: a later one will do."""
         if self.child is not None and self.child.poll() is None:
             return
-        shutil.rmtree(self.links, ignore_errors=True)
-        shutil.copytree(source, self.links, copy_function=os.link, ignore=shutil.ignore_patterns("optimizer*"))
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        command = [sys.executable, "-m", "meanflow.hub", str(self.links), self.recipe.push_to_hub]
-        with self.log.open("a") as log:
-            # In a session of its own: a Ctrl-C is the run's, which decides.
-            self.child = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, env={**alone, "CUDA_VISIBLE_DEVICES": ""}
+        if self.child is not None and (fault := self.fault()):
+            print(f"{self.recipe.push_to_hub}: a push failed, {fault}", file=sys.stderr)
+        try:
+            self.clear()
+            shutil.copytree(
+                source, self.links, copy_function=link, ignore=shutil.ignore_patterns("model", "optimizer*")
             )
+            alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            command = [sys.executable, "-m", "meanflow.hub", str(self.links), self.recipe.push_to_hub]
+            with self.log.open("a") as log:
+                self.said = log.tell()
+                # In a session of its own: a Ctrl-C is the run's, which decides. It ends with the run, by its stdin.
+                self.child = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+                    env={**alone, "CUDA_VISIBLE_DEVICES": ""},
+                )  # fmt: skip
+        except OSError as error:
+            print(f"{self.recipe.push_to_hub}: no push, {first_line(error)}", file=sys.stderr)
+            self.child = None
+
+    def clear(self) -> None:
+        for path in self.recipe.out.glob(".push*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def fault(self) -> str | None:
+        """Why the push that ended did not end well, None if it did."""
+        if self.child.returncode == 0:
+            return None
+        said = self.log.read_text()[self.said :].strip().splitlines()
+        return said[-1].removeprefix("error: ") if said else f"its process ended with {self.child.returncode}"
 
     def wait(self, end: float, interrupted: Callable[[], bool]) -> str | None:
         """Waits for the push under way; why it did not end well, None if it did."""
-        while self.child.poll() is None:
+        while self.child is not None and self.child.poll() is None:
             if interrupted():
                 return "the run was stopped"
             if time.monotonic() > end:
                 return f"it did not end within {DEADLINE} s"
             time.sleep(0.1)
-        said = self.log.read_text().strip().splitlines() or ["error: it said nothing"]
-        return None if self.child.returncode == 0 else said[-1].removeprefix("error: ")
+        return self.fault() if self.child is not None else "it could not begin"
 
-    def finish(self, source: Path | None, interrupted: Callable[[], bool]) -> str:
-        """Pushes source, None: nothing more, as the run was stopped. Returns what is to be said."""
-        end, fault = time.monotonic() + DEADLINE, "the run was stopped"
-        try:
-            if source is not None:
-                if self.child is not None:
-                    self.wait(end, interrupted)
-                self.start(source)
-                fault = self.wait(end, interrupted)
-        except OSError as error:
-            fault = first_line(error)
+    def finish(self, source: Path | None, reason: str, interrupted: Callable[[], bool]) -> str:
+        """Pushes source; None: nothing more, for this reason. Returns what is to be said."""
+        end = time.monotonic() + DEADLINE
+        if source is not None:
+            if self.child is not None:
+                self.wait(end, interrupted)
+            self.start(source)
+            reason = self.wait(end, interrupted)
         if self.child is not None and self.child.poll() is None:
             self.child.kill()
             self.child.wait()
-        shutil.rmtree(self.links, ignore_errors=True)
-        command = f"python tools/push_to_hub.py {self.recipe.out} {self.recipe.push_to_hub}"
-        return f"{self.recipe.push_to_hub}: " + (
-            "pushed" if fault is None else f"not pushed, {fault}\nto push: {command}"
-        )
+        self.clear()
+        command = f"python tools/push_to_hub.py {shlex.quote(str(self.recipe.out))} {self.recipe.push_to_hub}"
+        said = f"not pushed, {reason}\nto push: {command}" if reason else "pushed"
+        return f"{self.recipe.push_to_hub}: {said}"
 
 
-def publish(source: Path, repo_id: str, **options) -> str:
-    """Pushes a run, a checkpoint or an exported folder."""
+def link(source: str, target: str) -> None:
+    """A hard link, or a copy where there are none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def publish(source: Path, repo_id: str, scratch: Path | None = None, **options) -> str:
+    """Pushes a run, a checkpoint or an exported folder; scratch: where to export to."""
     from meanflow.export import INDEX, export
 
     if (source / INDEX).is_file():
         return push(source, repo_id, **options)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=".push-", dir=scratch) as folder:
         export(source, Path(folder) / "pipeline")
         return push(Path(folder) / "pipeline", repo_id, **options)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Pusher's child."""
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    source = Path(sys.argv[1])
     try:
-        print(f"pushed: {publish(Path(sys.argv[1]), sys.argv[2])}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        print(f"pushed: {publish(source, sys.argv[2], scratch=source.parent)}")
+    except Exception as error:
+        sys.exit(f"error: {first_line(error)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from .noise import noise
-from .sampler import SOLVERS, average_velocity, cfg
+from .sampler import SOLVERS, STEPS, average_velocity, cfg
 
 
 class MeanFlowPipeline(DiffusionPipeline):
@@ -28,30 +28,32 @@ class MeanFlowPipeline(DiffusionPipeline):
         objective: what it was trained by, the fields of meanflow's MeanFlowConfig.
         id2label: names of the classes.
         latents: {"shift", "scale"}, a number or one a channel: z = (latent - shift) * scale.
+        sampling: the solver and num_inference_steps that are best, and the guidance_scale trained in, None if none was.
     """
 
     model_cpu_offload_seq = "net->vae"
     _optional_components = ["vae"]
 
-    def __init__(self, net, vae=None, objective: dict | None = None, id2label: dict | None = None, latents=None):
+    def __init__(self, net, vae=None, objective=None, id2label=None, latents=None, sampling=None):
         super().__init__()
         self.register_modules(net=net, vae=vae)
-        self.register_to_config(objective=objective or {}, id2label=id2label or {}, latents=latents or {})
-        self.objective = SimpleNamespace(**(objective or {}))
+        self.objective = SimpleNamespace(**objective)
         self.id2label = {int(index): name for index, name in (id2label or {}).items()}
+        facts = {"objective": objective, "id2label": id2label or {}, "latents": latents}
+        self.register_to_config(**facts, sampling=sampling or self.best())
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    def best(self) -> dict:
+        solver = "meanflow" if self.objective.meanflow_ratio else "euler"
+        omega, kappa = self.objective.omega, self.objective.kappa
+        scale = None if (omega, kappa) == (1, 0) else omega / (1 - kappa)
+        return {"solver": solver, "num_inference_steps": STEPS[solver], "guidance_scale": scale}
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one sample as the network sees it, (C, *S)."""
         size = self.net.config.input_size
         return self.net.config.in_channels, *((size, size) if isinstance(size, int) else size)
-
-    @property
-    def trained_guidance_scale(self) -> float | None:
-        """The effective scale of the guidance that was trained in, None if none was."""
-        omega, kappa = self.objective.omega, self.objective.kappa
-        return None if (omega, kappa) == (1, 0) else omega / (1 - kappa)
 
     def noise(self, seed: int, indices) -> Tensor:
         """Noise to pass as latents; image k's depends on (seed, k) alone, so not on the batch it is in."""
@@ -63,16 +65,22 @@ class MeanFlowPipeline(DiffusionPipeline):
         Raises:
             ValueError: one is no class; the message names it and what is near.
         """
-        names = {name: index for index, label in self.id2label.items() for name in reversed(label.split(", "))}
-        names |= {label: index for index, label in self.id2label.items()}
-        ids, num_classes = [], self.net.config.num_classes
+        names, num_classes, ids = {}, self.net.config.num_classes, []
+        for index, label in self.id2label.items():
+            for name in {label, *label.split(", ")}:
+                names.setdefault(name, []).append(index)
         for label in [labels] if isinstance(labels, (int, str)) else labels:
-            if isinstance(label, str) and label not in names and not label.isdecimal():
-                near = difflib.get_close_matches(label, names, n=3)
-                raise ValueError(f"no class {label!r}" + (f": is it {' or '.join(map(repr, near))}?" if near else ""))
-            ids.append(names[label] if label in names else int(label))
-            if not 0 <= ids[-1] < num_classes:
-                raise ValueError(f"class must be in [0, {num_classes}), got {ids[-1]}")
+            found = names.get(label, [int(label)] if isinstance(label, int) or label.isdecimal() else [])
+            if len(found) != 1:
+                near = [f"{index}, {self.id2label[index]!r}" for index in found]
+                near = near or list(map(repr, difflib.get_close_matches(label, names, n=3)))
+                raise ValueError(
+                    f"{'several classes are' if found else 'no class'} {label!r}"
+                    + (f": is it {' or '.join(near)}?" if near else "")
+                )
+            if not 0 <= found[0] < num_classes:
+                raise ValueError(f"class must be in [0, {num_classes}), got {found[0]}")
+            ids += found
         return ids
 
     def check_choice(self, solver: str, guidance_scale: float | None) -> None:
@@ -83,7 +91,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError("solver meanflow cannot sample a network of plain flow matching: use euler with 50 steps")
         if guidance_scale is None:
             return
-        trained = self.trained_guidance_scale
+        trained = self.config.sampling["guidance_scale"]
         if not self.net.config.num_classes:
             raise ValueError(
                 f"guidance_scale {guidance_scale:g} needs classes, and this network has none: leave it out"
@@ -109,9 +117,9 @@ class MeanFlowPipeline(DiffusionPipeline):
         self,
         class_labels=None,
         batch_size: int = 1,
-        num_inference_steps: int = 1,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        solver: str = "meanflow",
+        solver: str | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -121,15 +129,18 @@ class MeanFlowPipeline(DiffusionPipeline):
 
         Args:
             class_labels: indices or names, or one of them.
+            num_inference_steps: default: 1 by MeanFlow; euler 50, heun 25, rk4 12.
             guidance_scale: classifier-free guidance while sampling, two evaluations a step; None: none but what was
                 trained in.
-            solver: meanflow, or an ODE solver for the instantaneous velocity: euler, heun, rk4.
+            solver: meanflow, or an ODE solver for the instantaneous velocity: euler, heun, rk4; default: the best.
             latents: the noise, (B, C, *S); default: drawn by the generator, or one generator an image.
             output_type: pil; np, (B, H, W, C), or pt, (B, C, H, W), in [0, 1]; or latent, as the network makes them.
         Raises:
             ValueError: a class, shape, solver or scale that cannot be.
         """
+        solver = solver or self.config.sampling["solver"]
         self.check_choice(solver, guidance_scale)
+        num_inference_steps = STEPS[solver] if num_inference_steps is None else num_inference_steps
         num_classes = self.net.config.num_classes
         if (class_labels is None) == (num_classes > 0):
             raise ValueError(f"the network has {num_classes} classes: class_labels must {'' if num_classes else 'not '}"
@@ -145,7 +156,8 @@ class MeanFlowPipeline(DiffusionPipeline):
             latents = torch.stack([draw.to(device) for draw in draws])
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
-        scale = 1.0 if guidance_scale is None or self.trained_guidance_scale is not None else guidance_scale
+        trained = self.config.sampling["guidance_scale"] is not None
+        scale = 1.0 if guidance_scale is None or trained else guidance_scale
 
         with self.progress_bar(total=num_inference_steps * {"heun": 2, "rk4": 4}.get(solver, 1)) as bar:
 

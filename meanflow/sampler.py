@@ -81,6 +81,7 @@ def rk4(u_fn: UFn, e: Tensor, num_steps: int = 12) -> Tensor:
 
 
 SOLVERS = {"meanflow": sample, "euler": euler, "heun": heun, "rk4": rk4}
+STEPS = {"meanflow": 1, "euler": 50, "heun": 25, "rk4": 12}  # where none are asked for
 
 
 def cfg(u_fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], y: Tensor, null_class: int, cfg_scale: float) -> UFn:

@@ -178,21 +178,23 @@ class Trainer:
                     break
             bar.close()
             if accelerator.is_main_process:
-                self.publish(step == self.total and saved, step > before, guard)
+                fault = "the run was stopped" if stop else None if saved else "the last step is not saved"
+                self.publish(fault, step > before, guard)
         self.leave(stop, saved, step)
 
-    def publish(self, whole: bool, trained: bool, guard: Guard) -> None:
+    def publish(self, fault: str | None, trained: bool, guard: Guard) -> None:
         """A finished run as others use it, in pipeline/, and on the Hub; no fault of either is the run's."""
-        out = self.recipe.out
-        folder = out / "pipeline"
+        folder = self.recipe.out / "pipeline"
         try:
-            if whole and not self.recipe.smoke and (trained or not folder.exists()):
-                export(out, folder)
-        except (ValueError, OSError) as error:
-            print(f"{out} is not exported: {first_line(error)}", file=sys.stderr)
+            if fault is None and not self.recipe.smoke and (trained or not folder.exists()):
+                export(self.recipe.out, folder)
+        except Exception as error:  # of many kinds, by four packages
+            fault = f"it cannot be exported: {first_line(error)}"
+            print(f"{self.recipe.out}: {fault}", file=sys.stderr)
         if self.pusher:
-            ready = whole and folder.exists()
-            print(self.pusher.finish(folder if ready else None, lambda: bool(guard.signal)), file=sys.stderr)
+            source = folder if fault is None and folder.exists() else None
+            said = self.pusher.finish(source, fault or "there is no pipeline/", lambda: bool(guard.signal))
+            print(said, file=sys.stderr)
 
     def prepare_sharding(self) -> None:
         """For FSDP2. Accelerate would round the inputs to bfloat16, so the times: autocast does it where it may."""
@@ -230,7 +232,8 @@ class Trainer:
             where = f"saved after step {step}" if stop.save and saved else f"at step {step}, not saved"
             accelerator.print(f"{out}: {stop.reason}: {where}", file=sys.stderr)
         else:
-            accelerator.print(f"{out}: checkpoints, log.jsonl, loss.png, samples/ and pipeline/")
+            pipeline = " and pipeline/" if (out / "pipeline").exists() else ""
+            accelerator.print(f"{out}: checkpoints, log.jsonl, loss.png, samples/{pipeline}")
         accelerator.end_training()
         self.lock = None
         if stop:

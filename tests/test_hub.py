@@ -275,6 +275,20 @@ def test_push_is_tried_again(hub, digits_run, tool):
     assert "again in 1 s" in shown and "pushed: " in shown
 
 
+def test_push_that_cannot_begin_is_said_and_no_fault_of_the_run(recipe, tmp_path, capfd, monkeypatch):
+    """Such as on a disk that is full; without hard links the files are copied."""
+    pusher = meanflow.hub.Pusher(replace(recipe, push_to_hub="user/run"))
+    pusher.start(tmp_path / "nowhere")
+    assert pusher.child is None and "user/run: no push, " in capfd.readouterr().err
+    assert "not pushed, it could not begin" in pusher.finish(tmp_path / "nowhere", "", lambda: False)
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    (tmp_path / "a").write_text("text")
+    meanflow.hub.link(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "text"
+    with pytest.raises(ValueError, match="push_to_hub must be a Hub id, user/name, got a//b"):
+        replace(recipe, push_to_hub="a//b")
+
+
 @pytest.mark.slow
 def test_signal_does_not_wait_for_the_hub(planted, recipe, capfd):
     planted.fault = hanging

@@ -99,7 +99,11 @@ def test_network_without_classes_takes_a_batch_size():
         ({"omega": 0.2, "kappa": 0.92}, {"guidance_scale": 4.0}, "trained into this network, at scale 2.5, and costs"),
         ({"class_dropout_prob": 0.0}, {"guidance_scale": 4.0}, "never learned .class_dropout_prob 0.: leave it out"),
         ({"null_class": "flow"}, {"guidance_scale": 4.0}, "learned at r = t alone .null_class flow.: leave it out, or"),
-        ({"meanflow_ratio": 0.0}, {}, "meanflow cannot sample a network of plain flow matching: use euler with 50"),
+        (
+            {"meanflow_ratio": 0.0},
+            {"solver": "meanflow"},
+            "meanflow cannot sample a network of plain flow matching: use euler with 50",
+        ),
         ({}, {"solver": "dopri"}, "solver must be one of meanflow, euler, heun, rk4, got dopri"),
     ],
 )
@@ -110,15 +114,32 @@ def test_scale_or_solver_that_cannot_mean_what_one_hopes_is_refused(objective, h
 
 def test_scale_that_was_trained_in_costs_nothing():
     pipe = pipeline(omega=0.2, kappa=0.92)
-    assert pipe.trained_guidance_scale == pytest.approx(2.5)
+    assert pipe.config.sampling["guidance_scale"] == pytest.approx(2.5)
     e = pipe.noise(0, range(1))
     plain, same = (pipe([1], latents=e, guidance_scale=s, output_type="latent").images for s in (None, 2.5))
     assert torch.equal(plain, same)
 
 
+def test_flow_matching_network_is_sampled_by_euler():
+    """Without being asked; its best settings are in its config."""
+    pipe = pipeline(meanflow_ratio=0.0)
+    assert pipe.config.sampling == {"solver": "euler", "num_inference_steps": 50, "guidance_scale": None}
+    e = pipe.noise(0, range(1))
+    euler50 = pipe([1], latents=e, solver="euler", num_inference_steps=50, output_type="latent").images
+    assert torch.equal(pipe([1], latents=e, output_type="latent").images, euler50)
+
+
 def test_null_class_at_r_equal_t_serves_the_ode_solvers():
     pipe = pipeline(null_class="flow")
     assert pipe([1], solver="euler", num_inference_steps=2, guidance_scale=4.0).images
+
+
+def test_name_of_two_classes_is_refused_with_both():
+    pipe = pipeline()
+    pipe.id2label |= {3: "crane, bird", 4: "crane, lifting"}
+    with pytest.raises(ValueError, match="several classes are 'crane': is it 3, 'crane, bird' or 4, 'crane, lifting'"):
+        pipe.class_ids(["crane"])
+    assert pipe.class_ids(["bird", "crane, lifting", "tench"]) == [3, 4, 0]
 
 
 @pytest.mark.parametrize(

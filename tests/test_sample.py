@@ -140,6 +140,7 @@ def broken(digits_run, tmp_path) -> Path:
         ("run", ["--revision", "v1"], "revision v1 is for the Hub"),
         ("run", ["--device", "nonsense"], "device nonsense is not there: "),
         ("run", ["--out", "/proc/x/y.png"], "/proc/x"),
+        ("run", ["--out", "x.jpg"], "out must be x.png, x.npz or a folder, got x.jpg"),
     ],
 )
 def test_bad_input_ends_with_one_line(checkpoint, flags, message, digits_run, broken, tool, tmp_path):
@@ -157,12 +158,11 @@ def test_flow_matching_and_guided_checkpoints_say_what_they_are(digits_run, tool
         folder = shutil.copytree(digits_run / "pipeline", tmp_path / name)
         index = json.loads((folder / "model_index.json").read_text())
         index["objective"] |= changes
+        del index["sampling"]
         (folder / "model_index.json").write_text(json.dumps(index))
-    shown = tool("sample", tmp_path / "flow", "--out", tmp_path / "x.png")
+    shown = tool("sample", tmp_path / "flow", "--solver", "meanflow", "--out", tmp_path / "x.png")
     assert "solver meanflow cannot sample a network of plain flow matching: use euler with 50 steps" in shown
-    assert "64 images, euler, 50 steps" in tool(
-        "sample", tmp_path / "flow", "--solver", "euler", "--out", tmp_path / "x.png"
-    )
+    assert "64 images, euler, 50 steps" in tool("sample", tmp_path / "flow", "--out", tmp_path / "x.png")
     shown = tool("sample", tmp_path / "guided", "--out", tmp_path / "x.png")
     assert "guidance trained in, effective scale 2 for t in [0, 1] (omega 0.5, kappa 0.75)" in shown
     shown = tool("sample", tmp_path / "guided", "--cfg-scale", 3, "--out", tmp_path / "x.png")
@@ -178,24 +178,27 @@ def test_finished_run_is_exported_with_its_card(digits_run):
     ):  # fmt: skip
         assert words in card
     assert str(digits_run.parent) not in card and "init_from" not in card
-    assert Image.open(folder / "samples.png").size == (10 * 34 + 2, 4 * 34 + 2)
+    assert Image.open(folder / "samples.png").size == (10 * 34 + 2, 8 * 34 + 2)
 
 
 def test_export_has_variants_metrics_and_what_the_card_is_told(digits_run, tool, tmp_path):
     run = shutil.copytree(digits_run, tmp_path / "run")
     (run / "metrics.json").write_text(json.dumps({"MeanFlow, 1 step": {"accuracy": 0.98, "energy_distance": 0.19}}))
-    flags = ["--ema", 0.5, "--variants", "bf16", "fp16", "--license", "mit", "--datasets", "user/digits"]
+    flags = ["--variants", "bf16", "fp16", "--license", "mit", "--datasets", "user/digits"]
     tool("export", run, *flags, "--out", tmp_path / "model")
     card = (tmp_path / "model/README.md").read_text()
     for words in ("license: mit", "- user/digits", "| MeanFlow, 1 step | 0.98 | 0.19 |", "accuracy | energy distance"):
         assert words in card
     full, half = load_pipeline(tmp_path / "model"), load_pipeline(tmp_path / "model", variant="bf16")
-    net, _ = load_network(run / "step-00000002", 0.5)
+    net, _ = load_network(run / "step-00000002")
     for a, b, c in zip(full.net.parameters(), half.net.parameters(), net.parameters()):
         assert torch.equal(a, c) and torch.equal(b, c.bfloat16().float())
     shown = tool("sample", tmp_path / "model", "--variant", "fp16", "--dtype", "bf16", "--out", tmp_path / "x.png")
     assert "64 images" in shown
-    tool("export", run, "--out", tmp_path / "model")  # again, over it
+    tool("export", run, "--ema", 0.5, "--out", tmp_path / "model")  # over it; measured were other weights
+    assert "| MeanFlow, 1 step |" not in (tmp_path / "model/README.md").read_text()
+    other, (net, _) = load_pipeline(tmp_path / "model"), load_network(run / "step-00000002", 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(other.net.parameters(), net.parameters()))
     assert not (tmp_path / "model/net/diffusion_pytorch_model.bf16.safetensors").exists()
     assert "holds something else than an exported model" in tool("export", run, "--out", run)
     assert "is no run with a checkpoint" in tool("export", tmp_path / "nowhere", "--out", tmp_path / "y")

@@ -13,14 +13,12 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
-
-STEPS = {"meanflow": 1, "euler": 50, "heun": 25, "rk4": 12}
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,9 @@ class Options:
     """classifier-free guidance while sampling, two evaluations a step; default: what was trained in, if anything"""
     num_steps: int | None = None
     """default: meanflow 1, euler 50, heun 25, rk4 12"""
-    solver: Literal["meanflow", "euler", "heun", "rk4"] = "meanflow"
-    """meanflow: by the average velocity; the others follow the instantaneous velocity, as flow matching does"""
+    solver: Literal["meanflow", "euler", "heun", "rk4"] | None = None
+    """meanflow: by the average velocity; the others follow the instantaneous velocity; default: meanflow, euler where
+    the network was trained by flow matching alone"""
     seed: int = 0
     """image k's noise is a function of the seed and k"""
     ema: float | None = None
@@ -69,14 +68,12 @@ def npz(path: Path, count: int) -> Iterator:
     import numpy as np
 
     temporary = path.with_name(f".{path.name}.tmp")
-    begun = []
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
 
                 def write(images, first: int) -> None:
-                    if not begun:
-                        begun.append(True)
+                    if first == 0:
                         header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
                         np.lib.format.write_array_header_1_0(file, header)
                     file.write(np.ascontiguousarray(images).tobytes())
@@ -114,8 +111,8 @@ def grid(path: Path, count: int, columns: int) -> Iterator:
 
 def check_writable(out: Path, is_folder: bool) -> None:
     parent = out if is_folder else out.parent
-    if is_folder and out.is_file():
-        raise ValueError(f"out: {out} is a file: end it in .png or .npz, or name a folder")
+    if out.suffix and is_folder and not out.is_dir() or out.is_dir() != is_folder and out.exists():
+        raise ValueError(f"out must be x.png, x.npz or a folder, got {out}")
     parent.mkdir(parents=True, exist_ok=True)
     if not os.access(parent, os.W_OK):
         raise ValueError(f"out: {parent} cannot be written to")
@@ -134,8 +131,11 @@ def main(options: Options) -> None:
     from meanflow.export import cast, load_pipeline
     from meanflow.files import first_line
     from meanflow.preflight import guidance_in_words
+    from meanflow.sampler import STEPS
 
-    accelerator = Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available())
+    accelerator = Accelerator(
+        cpu=options.device == "cpu" or not (torch.cuda.is_available() or torch.mps.is_available())
+    )
     rank, world = accelerator.process_index, accelerator.num_processes
     if options.device and world > 1:
         raise ValueError(f"device {options.device} is for one process: accelerate launch gives each its own")
@@ -145,19 +145,20 @@ def main(options: Options) -> None:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device} is not there: {first_line(error)}") from None
     pipe = load_pipeline(options.checkpoint, options.ema, options.variant, options.revision)
-    pipe.check_choice(options.solver, options.cfg_scale)
+    solver = options.solver or pipe.config.sampling["solver"]
+    pipe.check_choice(solver, options.cfg_scale)
     if options.classes and not pipe.net.config.num_classes:
         raise ValueError("classes are for networks with classes, and this one has none: leave them out")
     classes = pipe.class_ids(options.classes) if options.classes else list(range(pipe.net.config.num_classes))
     count = options.num_images or (8 * len(options.classes) or 64)
-    steps = options.num_steps or STEPS[options.solver]
+    steps = options.num_steps or STEPS[solver]
     accelerator.print(f"guidance {guidance_in_words(MeanFlowConfig(**vars(pipe.objective)))}", file=sys.stderr)
     cast(pipe, None if options.dtype == "fp32" else options.dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(indices: range):
         y = [classes[index % len(classes)] for index in indices] if classes else None
-        how = {"num_inference_steps": steps, "guidance_scale": options.cfg_scale, "solver": options.solver}
+        how = {"num_inference_steps": steps, "guidance_scale": options.cfg_scale, "solver": solver}
         images = pipe(y, len(indices), latents=pipe.noise(options.seed, indices), output_type="np", **how).images
         return (images * 255).round().astype("uint8")
 
@@ -165,7 +166,7 @@ def main(options: Options) -> None:
     columns = [len(classes) if 1 < len(classes) <= 16 else 8] if writer is grid else []
     bar = tqdm(total=count, unit="image", disable=not accelerator.is_main_process)
     start = time.perf_counter()
-    with writer(options.out, count, *columns) if accelerator.is_main_process or is_folder else no_writer() as write:
+    with writer(options.out, count, *columns) if accelerator.is_main_process or is_folder else nullcontext() as write:
         for first in range(0, count, options.batch_size * world):
             mine = range(count)[first + rank * options.batch_size :][: options.batch_size]
             images = draw(mine) if mine else None
@@ -180,14 +181,9 @@ def main(options: Options) -> None:
     accelerator.wait_for_everyone()
     bar.close()
     rate = count / (time.perf_counter() - start)
-    name = f"{options.solver}, {steps} step{'s' if steps > 1 else ''}"
+    name = f"{solver}, {steps} step{'s' if steps > 1 else ''}"
     accelerator.print(f"{options.out}: {count} images, {name}, {rate:.3g} images/s")
     accelerator.end_training()
-
-
-@contextmanager
-def no_writer() -> Iterator:
-    yield None
 
 
 if __name__ == "__main__":
@@ -195,3 +191,7 @@ if __name__ == "__main__":
         main(tyro.cli(Options, description=__doc__))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        sys.exit("error: out of memory: lower --batch-size")
