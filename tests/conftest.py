@@ -133,16 +133,18 @@ def digits_run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tool(monkeypatch, capfd) -> Callable[..., str]:
-    """Runs a tool in this process; what it printed, or the line it ended with."""
+    """Runs a tool or a recipe in this process; what it printed, or the line it ended with."""
 
     from accelerate.state import AcceleratorState
 
     root = Path(__file__).parents[1]
 
     def call(name: str, *flags) -> str:
-        monkeypatch.setattr("sys.argv", [f"tools/{name}.py", *map(str, flags)])
+        path = root / (f"{name}.py" if "/" in name else f"tools/{name}.py")
+        monkeypatch.setattr("sys.argv", [str(path), *map(str, flags)])
+        monkeypatch.setenv("HF_HUB_OFFLINE", "")  # which --smoke sets: to be restored
         try:
-            runpy.run_path(str(root / "tools" / f"{name}.py"), run_name="__main__")
+            runpy.run_path(str(path), run_name="__main__")
         except SystemExit as end:
             shown = capfd.readouterr()
             return str(end.code) if isinstance(end.code, str) else shown.out + shown.err

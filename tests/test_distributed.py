@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import perturbed
@@ -23,6 +24,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ACCELERATE = [str(BIN / "accelerate"), "launch", "-q", "--config_file"]
 ONE = [*ACCELERATE, "accelerate_configs/cpu.yaml"]
 TWO = [*ACCELERATE, "accelerate_configs/cpu_2proc.yaml"]
+MULTI_GPU = [*ACCELERATE, "accelerate_configs/multi_gpu.yaml", "--num_processes=2", "--main_process_port=0"]
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"]
 
 pytestmark = pytest.mark.slow
@@ -47,7 +49,7 @@ DIGITS += ["--objective.class-dropout-prob", "0.1", "--schedule", "constant", "-
 @pytest.mark.parametrize(
     "launch, processes, recipe",
     [
-        (TWO, 2, ["recipes/imagenet_ditxl.py", "--smoke"]),
+        (MULTI_GPU, 2, ["recipes/imagenet_ditxl.py", "--smoke"]),
         (TORCHRUN, 2, ["recipes/imagenet_ditxl.py", "--smoke"]),
     ],
     ids=["accelerate 2 smoke", "torchrun 2 smoke"],
@@ -67,9 +69,8 @@ def test_two_nodes_on_this_machine_share_one_run(tmp_path):
         port = free.getsockname()[1]
     nodes = []
     for rank in (0, 1):
-        flags = ["--multi_gpu", "--num_machines=2", "--num_processes=2", f"--machine_rank={rank}"]
-        flags += ["--main_process_ip=127.0.0.1", f"--main_process_port={port}", "--rdzv_backend=static"]
-        command = [str(BIN / "accelerate"), "launch", "-q", *flags, *DIGITS, "--steps", "2", "--out"]
+        flags = ["--num_machines=2", "--num_processes=2", f"--machine_rank={rank}", f"--main_process_port={port}"]
+        command = [*ACCELERATE, "accelerate_configs/multi_node.yaml", *flags, *DIGITS, "--steps", "2", "--out"]
         nodes.append(start(*command, str(tmp_path / "run")))
     texts = [finish(node) for node in nodes]
     assert all("16 = 8 x 2 processes" in text for text in texts)  # one process of each node speaks
@@ -119,25 +120,30 @@ def five_steps(launch: list[str], weights: Path, out: Path, *flags: str) -> str:
     return finish(start(*launch, *DIGITS, *more, *flags, "--out", str(out)))
 
 
-def test_one_process_two_and_two_with_accumulation_train_the_same_network(weights, tmp_path):
+@pytest.fixture(scope="module")
+def one(weights, tmp_path_factory) -> Path:
+    """Five steps by one process."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    five_steps([*ACCELERATE, "accelerate_configs/single_gpu.yaml"], weights, out)
+    return out
+
+
+def test_one_process_two_and_two_with_accumulation_train_the_same_network(one, weights, tmp_path):
     """The first step's whole gradient, and weights and average after 5 steps, to 1e-6."""
-    five_steps(ONE, weights, tmp_path / "one")
     for name, flags in (("two", ()), ("accumulated", ("--accumulation-steps", "2"))):
         text = five_steps(TWO, weights, tmp_path / name, *flags)
         assert f"x 2 processes x {1 + len(flags) // 2} accumulation" in text and text.count("network   DiT") == 1
-        first = apart(tmp_path / "one/step-00000001", tmp_path / name / "step-00000001")
-        last = apart(tmp_path / "one/step-00000005", tmp_path / name / "step-00000005")
+        first = apart(one / "step-00000001", tmp_path / name / "step-00000001")
+        last = apart(one / "step-00000005", tmp_path / name / "step-00000005")
         print(name, first, last)
         assert first["gradient"] < 1e-6 and last["model"] < 1e-6 and last["ema/0.95"] < 1e-6
-        assert apart(tmp_path / "one/step-00000001", tmp_path / name / "step-00000005")["model"] > 3e-5
-        logs = [read_log(tmp_path / run / "log.jsonl") for run in ("one", name)]
-        for one, many in zip(*logs):
-            assert many["raw_loss"] == pytest.approx(one["raw_loss"], rel=1e-5)
+        assert apart(one / "step-00000001", tmp_path / name / "step-00000005")["model"] > 3e-5
+        for line, other in zip(read_log(one / "log.jsonl"), read_log(tmp_path / name / "log.jsonl")):
+            assert other["raw_loss"] == pytest.approx(line["raw_loss"], rel=1e-5)
 
 
-def test_processes_that_bypass_the_wrapper_train_another_network(weights, tmp_path):
+def test_processes_that_bypass_the_wrapper_train_another_network(one, weights, tmp_path):
     """What the test above would see: gradients that stay local."""
-    five_steps(ONE, weights, tmp_path / "one")
     bypass = tmp_path / "bypass.py"
     bypass.write_text(
         "import runpy, sys, torch\n"
@@ -146,7 +152,7 @@ def test_processes_that_bypass_the_wrapper_train_another_network(weights, tmp_pa
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     five_steps([*TORCHRUN, str(bypass)], weights, tmp_path / "two")
-    assert apart(tmp_path / "one/step-00000001", tmp_path / "two/step-00000001")["gradient"] > 1e-2
+    assert apart(one / "step-00000001", tmp_path / "two/step-00000001")["gradient"] > 1e-2
 
 
 def test_run_goes_on_with_another_number_of_processes(weights, tmp_path):
@@ -183,6 +189,31 @@ def test_sigterm_saves_the_step_on_both_processes_and_leaves(tmp_path):
         time.sleep(0.1)
     again.send_signal(signal.SIGTERM)
     assert f"resumes after step {step} of 100000" in finish(again, code=None)
+
+
+def test_slurm_job_that_is_to_end_saves_and_is_queued_again(tmp_path):
+    """The script itself, with stand-ins for SLURM's two commands; the processes and their signal are real."""
+    for name, lines in {
+        "srun": 'exec "$@"',
+        "scontrol": f'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> {tmp_path}/requeued; fi',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "here"}
+    job |= {"PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}
+    out = tmp_path / "run"
+    command = ["bash", "accelerate_configs/slurm.sbatch", *DIGITS, "--steps", "100000", "--out", str(out)]
+    running = subprocess.Popen(
+        command, cwd=ROOT, env={**ENVIRONMENT, **job}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while running.poll() is None and not (out / "log.jsonl").exists():
+        time.sleep(0.1)
+    (step,) = psutil.Process(running.pid).children()  # to which SLURM sends the signal
+    step.send_signal(signal.SIGUSR1)
+    text = finish(running, code=None)
+    assert "16 = 8 x 2 processes" in text and "a signal asked to stop: saved after step" in text
+    assert len(list(out.glob("step-*"))) == 1
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
 @pytest.mark.parametrize(
