@@ -223,6 +223,7 @@ def test_unknown_model_is_refused_before_a_folder_is_made(recipe):
     assert not recipe.out.exists()
 
 
+@pytest.mark.slow
 def test_trackers_get_the_log(recipe):
     train(replace(recipe, track=("tensorboard",)))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
