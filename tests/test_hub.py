@@ -275,6 +275,24 @@ def test_push_is_tried_again(hub, digits_run, tool):
     assert "again in 1 s" in shown and "pushed: " in shown
 
 
+@pytest.mark.slow
+def test_full_disk_for_the_cache_does_not_touch_the_run(planted, recipe, plain, tmp_path, capfd, monkeypatch):
+    """An upload needs none: it is pushed all the same."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("mount needs root")  # as which CI runs
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            (small / "full").write_bytes(bytes(2**21))
+        monkeypatch.setenv("HF_HOME", str(small / "hf"))
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+        assert trained(replace(recipe, push_to_hub="user/run", push_every=3)) == 0
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert "user/run: pushed" in capfd.readouterr().err and digest(recipe.out) == plain
+
+
 def test_push_that_cannot_begin_is_said_and_no_fault_of_the_run(recipe, tmp_path, capfd, monkeypatch):
     """Such as on a disk that is full; without hard links the files are copied."""
     pusher = meanflow.hub.Pusher(replace(recipe, push_to_hub="user/run"))
