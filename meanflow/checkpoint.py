@@ -259,7 +259,7 @@ def init_weights(net: ModelMixin, source: str) -> None:
     Raises:
         ValueError: there are none, or they are of another shape.
     """
-    folder = fetch(source) if Path(source).expanduser().exists() else fetch(*source.split("@", 1))
+    folder = fetch(source)
     folder = next((folder / name for name in ("model", "net") if (folder / name).is_dir()), folder)
     try:
         net.load_state_dict(type(net).from_pretrained(folder).state_dict())

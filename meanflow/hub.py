@@ -20,7 +20,7 @@ ATTEMPTS = 6  # of a push, 1, 2, 4, ... seconds apart
 
 
 def fetch(source: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder of a path or of a Hub id, whose json and safetensors files are downloaded.
+    """The folder of a path, of a Hub id or of ID@REVISION, whose json and safetensors files are downloaded.
 
     Raises:
         ValueError: there is neither.
@@ -30,14 +30,15 @@ def fetch(source: str | Path, revision: str | None = None, variant: str | None =
         if revision:
             raise ValueError(f"revision {revision} is for the Hub, and {source} is a folder")
         return folder
-    if not re.fullmatch(HUB_ID, str(source)):
+    repo_id, _, at = str(source).partition("@")
+    if not re.fullmatch(HUB_ID, repo_id):
         raise ValueError(f"{source}: no such folder")
     from huggingface_hub import snapshot_download
 
     other = [f"*.{name}*" for name in ("bf16", "fp16") if name != variant]
     try:
         found = snapshot_download(
-            str(source), revision=revision, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=other
+            repo_id, revision=revision or at or None, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=other
         )
     except Exception as error:  # of many kinds, by two packages
         reason = " ".join(str(error).split()) or repr(error)

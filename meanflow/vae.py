@@ -11,33 +11,34 @@ import torch
 from torch import Tensor
 
 from meanflow.files import first_line
+from meanflow.hub import fetch
 
 if TYPE_CHECKING:  # imported where it is needed, since that takes seconds
     from diffusers import AutoencoderKL
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """The VAE of a folder or a Hub id, in float32, frozen.
+    """The VAE of a folder, a Hub id or ID@REVISION, in float32, frozen.
 
     Raises:
         ValueError: it is no AutoencoderKL, or cannot be had.
     """
     from diffusers import AutoencoderKL
 
-    folder = Path(name).expanduser()
-    if folder.exists() or name.startswith(("/", "./", "../", "~")):
-        config = folder / "config.json"
-        if not config.is_file():
-            raise ValueError(f"vae: {name} is no folder of an AutoencoderKL: it has no config.json")
-        try:
-            kind = json.loads(config.read_text()).get("_class_name")
-        except (ValueError, AttributeError):
-            kind = "damaged"
-        if kind != "AutoencoderKL":
-            raise ValueError(f"vae: {name} is no AutoencoderKL: its config.json is of {kind}")
     try:
-        path = str(folder) if folder.exists() else name
-        vae, info = AutoencoderKL.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+        folder = fetch(name)
+    except ValueError as error:
+        raise ValueError(f"vae: {error}") from None
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"vae: {name} is no folder of an AutoencoderKL: it has no config.json")
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    except (ValueError, AttributeError):
+        kind = "damaged"
+    if kind != "AutoencoderKL":
+        raise ValueError(f"vae: {name} is no AutoencoderKL: its config.json is of {kind}")
+    try:
+        vae, info = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # of many kinds, by three packages
         raise ValueError(f"vae: {name} cannot be loaded: {first_line(error)}") from None
     if info["missing_keys"]:
@@ -68,12 +69,11 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 
 def vae_facts(vae: AutoencoderKL, name: str) -> dict:
     """What a cache notes of its VAE. The revision is the Hub's commit, None of a folder."""
-    from diffusers import AutoencoderKL
-
-    local = Path(name).expanduser().exists()
     return {
         "vae": name,
-        "vae_revision": None if local else AutoencoderKL.load_config(name, return_commit_hash=True)[1],
+        "vae_revision": None
+        if Path(name).expanduser().exists()
+        else fetch(name).name,  # the cache's folder is a commit
         "vae_sha256": fingerprint(vae),
         "scaling_factor": vae.config.scaling_factor,
         "shift_factor": vae.config.shift_factor,

@@ -156,7 +156,7 @@ def test_unfinished_cache_of_something_else_is_refused(options, tmp_path):
         ({"images": "./nowhere"}, "./nowhere: no such file or folder"),
         ({"images": "random:8", "resolution": 36}, "resolution must be a multiple of 8, got 36"),
         ({"images": "random:many"}, "random:COUNT must have a COUNT >= 1, got random:many"),
-        ({"vae": "./nowhere"}, "vae: ./nowhere is no folder of an AutoencoderKL"),
+        ({"vae": "./nowhere"}, "vae: ./nowhere: no such folder"),
         ({"resolution": 36}, "resolution must be a multiple of the VAE's 8, got 36"),
         ({"resolution": 0}, "resolution must be >= 1, got 0"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),

@@ -14,6 +14,7 @@ import hub_server
 import numpy as np
 import pytest
 import torch
+from conftest import save_vae
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,6 +23,7 @@ from meanflow.checkpoint import init_weights
 from meanflow.config import TrainConfig
 from meanflow.export import load_pipeline
 from meanflow.trainer import Trainer
+from meanflow.vae import fingerprint, load_vae, vae_facts
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = [sys.executable, "tools/sample.py"]
@@ -293,6 +295,22 @@ def test_full_disk_for_the_cache_does_not_touch_the_run(planted, recipe, plain, 
     assert "user/run: pushed" in capfd.readouterr().err and digest(recipe.out) == plain
 
 
+def test_vae_of_the_hub_is_that_of_its_revision(hub, vae, tmp_path):
+    """And the commit is noted."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo("user/vae")
+    first = api.upload_folder(repo_id="user/vae", folder_path=vae).oid
+    api.create_branch("user/vae", branch="v1")
+    api.upload_folder(repo_id="user/vae", folder_path=save_vae(tmp_path / "other", seed=1))
+    old, new = load_vae("user/vae@v1"), load_vae("user/vae")
+    assert fingerprint(old) == fingerprint(load_vae(str(vae))) != fingerprint(new)
+    assert vae_facts(old, "user/vae@v1")["vae_revision"] == first
+    with pytest.raises(ValueError, match="vae: user/vae@v2 is no folder, and .*Revision v2 not found"):
+        load_vae("user/vae@v2")
+
+
 def test_push_that_cannot_begin_is_said_and_no_fault_of_the_run(recipe, tmp_path, capfd, monkeypatch):
     """Such as on a disk that is full; without hard links the files are copied."""
     pusher = meanflow.hub.Pusher(replace(recipe, push_to_hub="user/run"))
@@ -322,5 +340,5 @@ def test_training_begins_with_weights_from_the_hub(hub, digits_run, tool):
     torch.nn.init.zeros_(net.final_layer.linear.weight)
     init_weights(net, "user/start@v1")
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), expected.parameters()))
-    with pytest.raises(ValueError, match="user/start is no folder, and from the Hub it cannot be had: 404"):
+    with pytest.raises(ValueError, match="user/start@v2 is no folder, and from the Hub it cannot be had: 404"):
         init_weights(net, "user/start@v2")
