@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+# user/name, a repository of the Hub
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 
 
@@ -33,42 +34,42 @@ class MeanFlowConfig:
         ValueError: a value is out of range; the message names both.
     """
 
+    # share of the samples with r != t, in [0, 1]; the others are flow matching
     meanflow_ratio: float = 0.25
-    """share of the samples with r != t, in [0, 1]; the others are flow matching"""
+    # v0 (the paper's): t, r = max, min of two logit-normal draws; v1: t by itself, r = min(t, r)
     time_sampler: Literal["v0", "v1"] = "v0"
-    """v0 (the paper's): t, r = max, min of two logit-normal draws; v1: t by itself, r = min(t, r)"""
+    # mean of logit(t)
     P_mean: float = -0.4
-    """mean of logit(t)"""
+    # standard deviation of logit(t), > 0
     P_std: float = 1.0
-    """standard deviation of logit(t), > 0"""
+    # mean of logit(r), where it has its own
     P_mean_r: float | None = None
-    """mean of logit(r), where it has its own"""
+    # standard deviation of logit(r), where it has its own
     P_std_r: float | None = None
-    """standard deviation of logit(r), where it has its own"""
+    # power of the adaptive weight 1 / (squared error + norm_eps)^norm_p, >= 0; 0: none, 0.5: pseudo-Huber
     norm_p: float = 1.0
-    """power of the adaptive weight 1 / (squared error + norm_eps)^norm_p, >= 0; 0: none, 0.5: pseudo-Huber"""
+    # > 0 (official code: 0.01 for ImageNet, 0.001 for CIFAR-10)
     norm_eps: float = 0.01
-    """> 0 (official code: 0.01 for ImageNet, 0.001 for CIFAR-10)"""
+    # guidance in training, > 0: weight of the true velocity; effective scale omega / (1 - kappa)
     omega: float = 1.0
-    """guidance in training, > 0: weight of the true velocity; effective scale omega / (1 - kappa)"""
+    # guidance in training, in [0, 1): weight of the class-conditional prediction
     kappa: float = 0.0
-    """guidance in training, in [0, 1): weight of the class-conditional prediction"""
+    # guidance acts from this t, in [0, 1] ...
     t_start: float = 0.0
-    """guidance acts from this t, in [0, 1] ..."""
+    # ... to this, both included
     t_end: float = 1.0
-    """... to this, both included"""
+    # share of the labels replaced by the null class, in [0, 1]; there the velocity is not guided
     class_dropout_prob: float = 0.1
-    """share of the labels replaced by the null class, in [0, 1]; there the velocity is not guided"""
+    # which labels: any; or, as the official code does, those of r = t samples alone, as often overall
     null_class: Literal["independent", "flow"] = "independent"
-    """which labels: any; or, as the official code does, those of r = t samples alone, as often overall"""
+    # what the network returns: the average velocity u; or the clean x, with u = (z - x) / max(t, t_min)
     prediction: Literal["u", "x"] = "u"
-    """what the network returns: the average velocity u; or the clean x, with u = (z - x) / max(t, t_min)"""
+    # smallest t, in (0, 1), when the prediction is x: for the division and for the times drawn
     t_min: float = 0.05
-    """smallest t, in (0, 1), when the prediction is x: for the division and for the times drawn"""
+    # how du/dt is computed; finite differences are for networks without forward-mode derivatives
     jvp: Literal["exact", "finite-difference"] = "exact"
-    """how du/dt is computed; finite differences are for networks without forward-mode derivatives"""
+    # weight of each channel's squared error, such as 1 / variance; none: 1
     channel_weights: tuple[float, ...] | None = None
-    """weight of each channel's squared error, such as 1 / variance; none: 1"""
 
     def __post_init__(self) -> None:
         for name in ("meanflow_ratio", "t_start", "t_end", "class_dropout_prob"):
@@ -103,88 +104,89 @@ class TrainConfig:
         ValueError: a value is out of range; the message names both.
     """
 
+    # folder of the checkpoints, logs and pictures; the same command resumes from it
     out: Path = Path("runs/run")
-    """folder of the checkpoints, logs and pictures; the same command resumes from it"""
+    # a folder of tools/cache_latents.py; images: a folder with a subfolder per class, a file or folder of parquet or
+    # arrow, a Hub id; or digits: the 8 x 8 handwritten digits of scikit-learn
     data: str = "digits"
-    """a folder of tools/cache_latents.py; images: a folder with a subfolder per class, a file or folder of parquet or
-    arrow, a Hub id; or digits: the 8 x 8 handwritten digits of scikit-learn"""
+    # height and width of the images, before a VAE; latents must have been made at it
     resolution: int | None = None
-    """height and width of the images, before a VAE; latents must have been made at it"""
+    # folder, Hub id or ID@REVISION of the AutoencoderKL that made the latents, or that images go through each time;
+    # none: pixels
     vae: str | None = None
-    """folder or Hub id of the AutoencoderKL that made the latents, or that images go through each time; none: pixels"""
+    # the VAE's, by which its latents are multiplied; a cache must have noted the same
     scaling_factor: float | None = None
-    """the VAE's, by which its latents are multiplied; a cache must have noted the same"""
+    # of latents. scale: the VAE's own scaling; channel: mean 0 and deviation 1 of each channel over the cache
     normalization: Literal["scale", "channel"] = "scale"
-    """of latents. scale: the VAE's own scaling; channel: mean 0 and deviation 1 of each channel over the cache"""
+    # mirror each image with probability 1/2 at each visit
     flip: bool = False
-    """mirror each image with probability 1/2 at each visit"""
+    # train on this many classes and images of each alone
     subset: tuple[int, int] | None = None
-    """train on this many classes and images of each alone"""
+    # give each image one fixed noise, so that a network can memorise the pairs
     fixed_noise: bool = False
-    """give each image one fixed noise, so that a network can memorise the pairs"""
+    # name in models.MODELS
     model: str = "DiT-B/4"
-    """name in models.MODELS"""
     objective: MeanFlowConfig = MeanFlowConfig()
+    # passes over the data
     epochs: float | None = None
-    """passes over the data"""
+    # optimiser steps; they go before epochs
     steps: int | None = None
-    """optimiser steps; they go before epochs"""
+    # images per optimiser step, over all processes and accumulation steps
     global_batch: int = 256
-    """images per optimiser step, over all processes and accumulation steps"""
+    # micro-batches per optimiser step and process
     accumulation_steps: int = 1
-    """micro-batches per optimiser step and process"""
+    # rate of Adam, > 0
     lr: float = 1e-4
-    """rate of Adam, > 0"""
+    # betas of Adam, in [0, 1)
     betas: tuple[float, float] = (0.9, 0.95)
-    """betas of Adam, in [0, 1)"""
+    # the rate after the warm-up; cosine and linear end at 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """the rate after the warm-up; cosine and linear end at 0"""
+    # optimiser steps over which the rate rises linearly; with 0 the first step has the full rate
     warmup_steps: int = 0
-    """optimiser steps over which the rate rises linearly; with 0 the first step has the full rate"""
+    # clip the gradient to this norm, > 0
     max_grad_norm: float | None = None
-    """clip the gradient to this norm, > 0"""
+    # bf16: autocast; weights, times, the loss and the average stay float32
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16: autocast; weights, times, the loss and the average stay float32"""
+    # decays of the averaged weights, in [0, 1); the first makes the sample pictures
     ema_decay: tuple[float, ...] = (0.9999,)
-    """decays of the averaged weights, in [0, 1); the first makes the sample pictures"""
+    # data order, noise, times and label drop are functions of the seed, the step and the place in the batch
     seed: int = 0
-    """data order, noise, times and label drop are functions of the seed, the step and the place in the batch"""
+    # optimiser steps between lines of log.jsonl
     log_every: int = 50
-    """optimiser steps between lines of log.jsonl"""
+    # optimiser steps between sample pictures
     sample_every: int = 1000
-    """optimiser steps between sample pictures"""
+    # optimiser steps between checkpoints; the last step always has one
     checkpoint_every: int = 1000
-    """optimiser steps between checkpoints; the last step always has one"""
+    # checkpoints kept, the newest
     keep: int = 2
-    """checkpoints kept, the newest"""
+    # auto: go on from the newest checkpoint of --out, if there is one; never: begin anew; or a checkpoint's folder
     resume: str = "auto"
-    """auto: go on from the newest checkpoint of --out, if there is one; never: begin anew; or a checkpoint's folder"""
+    # begin with the weights of this checkpoint, exported folder, Hub id or ID@REVISION, of a network of this shape
     init_from: str | None = None
-    """begin with the weights of this checkpoint, exported folder, Hub id or ID@REVISION, of a network of this shape"""
+    # compute the blocks' activations twice instead of keeping them: less memory, a forward more
     activation_checkpointing: bool = False
-    """compute the blocks' activations twice instead of keeping them: less memory, a forward more"""
+    # say so when the raw loss is this many times its running level, > 1
     warn_at: float = 10.0
-    """say so when the raw loss is this many times its running level, > 1"""
+    # halt when it is this many times its running level, > 1
     halt_at: float = 100.0
-    """halt when it is this many times its running level, > 1"""
+    # optimiser steps before either
     grace_steps: int = 200
-    """optimiser steps before either"""
+    # halt after so many steps in a row whose gradients are not finite; each such step is skipped
     max_skipped: int = 10
-    """halt after so many steps in a row whose gradients are not finite; each such step is skipped"""
+    # Hub id to push the pipeline to, private at first; in the background, and no fault of it is the run's
     push_to_hub: str | None = None
-    """Hub id to push the pipeline to, private at first; in the background, and no fault of it is the run's"""
+    # optimiser steps between pushes, which have a checkpoint each; none: at the end alone
     push_every: int | None = None
-    """optimiser steps between pushes, which have a checkpoint each; none: at the end alone"""
+    # trackers that get the log's numbers, too
     track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """trackers that get the log's numbers, too"""
+    # processes that load data, of each training process; 0: it loads by itself, between steps
     workers: int = 0
-    """processes that load data, of each training process; 0: it loads by itself, between steps"""
+    # compare the latents' checksums before the first step
     verify: bool = True
-    """compare the latents' checksums before the first step"""
+    # print what the run would be, refuse what cannot work, and stop
     dry_run: bool = False
-    """print what the run would be, refuse what cannot work, and stop"""
+    # 4 steps of a network of 2 blocks, in a folder of their own; instead of latents, random ones
     smoke: bool = False
-    """4 steps of a network of 2 blocks, in a folder of their own; instead of latents, random ones"""
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -46,7 +46,7 @@ def load_pipeline(
         recipe, facts = (json.loads((folder / f"{name}.json").read_text()) for name in ("recipe", "data"))
         net, _ = checkpoint.load_network(folder, ema)
         vae = load_vae(recipe["vae"]) if recipe["vae"] else None
-        if vae is not None and fingerprint(vae) != facts["vae_sha256"]:
+        if vae is not None and facts["vae_sha256"] not in (None, fingerprint(vae)):
             raise ValueError(f"vae: {recipe['vae']} has other weights than in training")
         names = dict(enumerate(facts["classes"]))
         return MeanFlowPipeline(net, vae, recipe["objective"], names, facts.get("latents"))
@@ -156,7 +156,8 @@ def card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str
         library_name="diffusers",
         license=license,
         datasets=list(datasets) or None,
-        base_model=facts["vae"] if facts.get("vae_revision") else None,  # a Hub id: a folder has no revision
+        # Of the Hub, since a folder has no revision.
+        base_model=facts["vae"].partition("@")[0] if facts.get("vae_revision") else None,
         pipeline_tag="unconditional-image-generation",
         tags=["meanflow", "one-step", "class-conditional" if pipe.id2label else "unconditional"],
     )

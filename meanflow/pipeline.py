@@ -44,6 +44,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     def best(self) -> dict:
+        """What `sampling` says of a network of this objective."""
         solver = "meanflow" if self.objective.meanflow_ratio else "euler"
         omega, kappa = self.objective.omega, self.objective.kappa
         scale = None if (omega, kappa) == (1, 0) else omega / (1 - kappa)

@@ -69,11 +69,10 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 
 def vae_facts(vae: AutoencoderKL, name: str) -> dict:
     """What a cache notes of its VAE. The revision is the Hub's commit, None of a folder."""
+    local = Path(name).expanduser().exists()
     return {
         "vae": name,
-        "vae_revision": None
-        if Path(name).expanduser().exists()
-        else fetch(name).name,  # the cache's folder is a commit
+        "vae_revision": None if local else fetch(name).name,  # a snapshot's folder has the commit's name
         "vae_sha256": fingerprint(vae),
         "scaling_factor": vae.config.scaling_factor,
         "shift_factor": vae.config.shift_factor,

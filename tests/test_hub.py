@@ -122,6 +122,18 @@ def test_private_repository_needs_the_token_and_revisions_are_kept_apart(hub, di
     load_pipeline("user/open")
 
 
+def test_push_leaves_no_weights_of_an_earlier_one(hub, digits_run, tool, tmp_path):
+    """Else variant="bf16" would load older weights than float32; files of others stay."""
+    tool("export", digits_run, "--variants", "bf16", "--out", tmp_path / "model")
+    tool("push_to_hub", tmp_path / "model", "user/digits")
+    half, repo = "net/diffusion_pytorch_model.bf16.safetensors", hub.repos["user/digits"]
+    assert half in hub.files("user/digits")
+    hub.commit(repo, "main", {**repo["commits"][-1][1], "LICENSE": (b"MIT", False)})
+    tool("push_to_hub", digits_run / "pipeline", "user/digits")
+    assert half not in hub.files("user/digits") and "LICENSE" in hub.files("user/digits")
+    assert "net/diffusion_pytorch_model.safetensors" in hub.files("user/digits")
+
+
 @pytest.mark.parametrize("token, message", [("hf_wrong", "401"), (hub_server.READ_TOKEN, "403")])
 def test_push_without_permission_ends_with_one_line(token, message, hub, digits_run, tool, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)
@@ -136,7 +148,7 @@ def test_full_disk_for_the_cache_ends_with_one_line(hub, digits_run, tool, tmp_p
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("mount needs root")  # as which CI runs
+        pytest.skip("mount needs root")
     try:
         shown = call([*SAMPLE, "user/digits", "--out", tmp_path / "x.png"], code=1, HF_HOME=str(small))
         assert "error: user/digits is no folder, and from the Hub it cannot be had: " in shown and "space" in shown
@@ -283,7 +295,7 @@ def test_full_disk_for_the_cache_does_not_touch_the_run(planted, recipe, plain, 
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("mount needs root")  # as which CI runs
+        pytest.skip("mount needs root")
     try:
         with pytest.raises(OSError, match="No space left"):
             (small / "full").write_bytes(bytes(2**21))

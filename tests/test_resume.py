@@ -259,7 +259,7 @@ def test_full_disk_while_saving_is_said_and_the_run_goes_on(recipe, capfd):
     recipe.out.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", recipe.out], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mount needs root")  # as which CI runs
+        pytest.skip("mount needs root")
     try:
         real = shutil.disk_usage
         with pytest.MonkeyPatch.context() as patch:
