@@ -4,7 +4,7 @@ import math
 import os
 import re
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -68,8 +68,8 @@ class MeanFlowConfig:
     t_min: float = 0.05
     # how du/dt is computed; finite differences are for networks without forward-mode derivatives
     jvp: Literal["exact", "finite-difference"] = "exact"
-    # weight of each channel's squared error, such as 1 / variance; none: 1
-    channel_weights: tuple[float, ...] | None = None
+    # weight of each channel's squared error; inverse-variance: 1 / the data's variance of each; none: 1
+    channel_weights: tuple[float, ...] | Literal["inverse-variance"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("meanflow_ratio", "t_start", "t_end", "class_dropout_prob"):
@@ -83,7 +83,8 @@ class MeanFlowConfig:
         check(self.t_start <= self.t_end, "t_start", self.t_start, f"<= t_end, which is {self.t_end}")
         check(0 < self.t_min < 1, "t_min", self.t_min, "in (0, 1)")
         weights = self.channel_weights
-        check(weights is None or (weights and min(weights) > 0), "channel_weights", weights, "> 0")
+        computed = weights in (None, "inverse-variance")
+        check(computed or (weights and min(weights) > 0), "channel_weights", weights, "> 0")
         if self.null_class == "flow":
             limit = f"at most 1 - meanflow_ratio ({1 - self.meanflow_ratio}) with null_class flow"
             check(
@@ -107,7 +108,8 @@ class TrainConfig:
     # folder of the checkpoints, logs and pictures; the same command resumes from it
     out: Path = Path("runs/run")
     # a folder of tools/cache_latents.py; images: a folder with a subfolder per class, a file or folder of parquet or
-    # arrow, a Hub id; or digits: the 8 x 8 handwritten digits of scikit-learn
+    # arrow, a Hub id; a folder of volumes, .npy or .safetensors; digits: the 8 x 8 handwritten digits of scikit-learn;
+    # or shapes: 512 synthetic volumes
     data: str = "digits"
     # height and width of the images, before a VAE; latents must have been made at it
     resolution: int | None = None
@@ -118,14 +120,22 @@ class TrainConfig:
     scaling_factor: float | None = None
     # of latents. scale: the VAE's own scaling; channel: mean 0 and deviation 1 of each channel over the cache
     normalization: Literal["scale", "channel"] = "scale"
+    # cut the middle square of each image at --resolution; no-crop: images have that size, and are read at the start
+    crop: bool = True
     # mirror each image with probability 1/2 at each visit
     flip: bool = False
+    # probability of each of EDM's augmentations (arXiv:2206.00364), in [0, 1]; the network is told: net.augment_dim 6
+    augment: float = 0.0
+    # use the data's classes; no-class-conditional: as if they had none
+    class_conditional: bool = True
     # train on this many classes and images of each alone
     subset: tuple[int, int] | None = None
     # give each image one fixed noise, so that a network can memorise the pairs
     fixed_noise: bool = False
     # name in models.MODELS
     model: str = "DiT-B/4"
+    # sizes of the network that are not the name's, such as dropout 0.2
+    net: dict[str, int | float | tuple[int, ...]] = field(default_factory=dict)
     objective: MeanFlowConfig = MeanFlowConfig()
     # passes over the data
     epochs: float | None = None
@@ -185,7 +195,8 @@ class TrainConfig:
     verify: bool = True
     # print what the run would be, refuse what cannot work, and stop
     dry_run: bool = False
-    # 4 steps of a network of 2 blocks, in a folder of their own; instead of latents, random ones
+    # 4 steps of a small network, in a folder of their own; instead of latents, random ones; instead of images, digits;
+    # instead of volumes, shapes
     smoke: bool = False
 
     def __post_init__(self) -> None:
@@ -207,6 +218,7 @@ class TrainConfig:
             check(getattr(self, name) > 1, name, getattr(self, name), "> 1")
         for name in ("warmup_steps", "seed", "workers", "grace_steps"):
             check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        check(0 <= self.augment <= 1, "augment", self.augment, "in [0, 1]")
         for name in ("betas", "ema_decay"):
             values = getattr(self, name)
             check(len(values) > 0 and all(0 <= value < 1 for value in values), name, values, "in [0, 1)")
@@ -221,9 +233,12 @@ class TrainConfig:
 
 
 def smoke_test(recipe: TrainConfig) -> TrainConfig:
-    """The recipe's smoke test, on any number of processes."""
+    """The recipe's smoke test, on any number of processes; on digits or shapes where it has no latents."""
+    data = recipe.data if recipe.vae else "digits" if recipe.resolution else "shapes"
     return replace(
         recipe,
+        data="digits" if recipe.data == "digits" else data,
+        flip=recipe.flip and recipe.vae is not None,
         out=recipe.out.with_name(f"{recipe.out.name}-smoke"),
         steps=4,
         global_batch=max(16, 4 * int(os.environ.get("WORLD_SIZE", 1)) * recipe.accumulation_steps),

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from meanflow.config import TrainConfig
+from meanflow.augment import augment
+from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.images import ImageFiles
 from meanflow.latents import LATENTS, EncodedImages, Latents
 from meanflow.noise import generator, noise
+from meanflow.pictures import middle_slices
 from meanflow.time import Draws, make_draws, order_slots
+from meanflow.volumes import SUFFIXES, Volumes, shapes
 
 
 class Data(Protocol):
@@ -38,12 +42,12 @@ class Data(Protocol):
         """Images in [-1, 1] to look at, (B, 1 or 3, H, W), from model units."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Images:
-    """Images in memory.
+    """Images or volumes in memory.
 
     Args:
-        x: (N, C, *S), pixels in [-1, 1].
+        x: (N, C, *S), pixels in [-1, 1]; of volumes any numbers.
         y: classes in [0, num_classes), (N,) int64; None without classes.
     """
 
@@ -67,23 +71,31 @@ class Images:
         return len(self.x)
 
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Tensor, Tensor | None]:
-        return self.x[indices], None if self.y is None else self.y[indices]
+        return self.x[indices], self.y[indices] if self.num_classes else None
 
     def to_pixels(self, x: Tensor) -> Tensor:
-        return x
+        return middle_slices(x) if x.ndim == 5 else x[:, :3]
 
 
-def digits() -> tuple[Images, Images]:
-    """scikit-learn's handwritten digits, (1, 8, 8) with 17 grey levels: 1,347 to train on and 450 held out."""
+def digits(resolution: int = 8) -> tuple[Images, Images]:
+    """scikit-learn's handwritten digits, (1, 8, 8) with 17 grey levels: 1,347 to train on and 450 held out.
+
+    Another resolution: they are scaled to it bilinearly.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
     parts = train_test_split(data.images, data.target, test_size=0.25, stratify=data.target, random_state=0)
     x_train, x_held_out, y_train, y_held_out = (torch.from_numpy(part) for part in parts)
-    return tuple(
-        Images((x[:, None] / 8 - 1).float(), y.long(), 10) for x, y in ((x_train, y_train), (x_held_out, y_held_out))
-    )
+
+    def images(x: Tensor, y: Tensor) -> Images:
+        x = (x[:, None] / 8 - 1).float()
+        if resolution != 8:
+            x = F.interpolate(x, (resolution, resolution), mode="bilinear", align_corners=False)
+        return Images(x, y.long(), 10)
+
+    return images(x_train, y_train), images(x_held_out, y_held_out)
 
 
 def load_data(recipe: TrainConfig) -> Data:
@@ -92,22 +104,53 @@ def load_data(recipe: TrainConfig) -> Data:
     Raises:
         ValueError: there are none, they are damaged, or they are not what the recipe expects; the message says what.
     """
+    data = open_data(recipe)
+    if not recipe.class_conditional:
+        data.num_classes = 0
+        data.facts["classes"] = []
+    if recipe.augment and (len(data.shape) != 3 or data.shape[1] != data.shape[2] or recipe.vae):
+        raise ValueError(f"augment is for square images in pixels, got {recipe.augment} for {recipe.data}")
+    return data
+
+
+def open_data(recipe: TrainConfig) -> Data:
     folder = Path(recipe.data).expanduser()
     if recipe.data != "digits" and recipe.subset:
         raise ValueError(f"subset is for digits, got data {recipe.data}")
     if recipe.data == "digits":
-        for name in ("resolution", "vae", "flip"):
+        for name in ("vae", "flip"):
             if getattr(recipe, name):
                 raise ValueError(f"{name} is not for digits, got {getattr(recipe, name)}: say where the --data are")
-        return subset(digits()[0], recipe.subset) if recipe.subset else digits()[0]
+        images = digits(recipe.resolution or 8)[0]
+        return subset(images, recipe.subset) if recipe.subset else images
+    if recipe.data == "shapes":
+        return Images(shapes(), None, 0)
     if (folder / LATENTS).exists() or (folder / ".progress").exists():
         return Latents(folder, recipe)
+    if folder.is_dir() and any(path.suffix in SUFFIXES for path in folder.iterdir()):
+        return Volumes(folder)
     if recipe.resolution is None:
         raise ValueError("resolution must be given for images, got None")
     if recipe.vae and recipe.data.startswith(".") and not folder.exists():
         raise ValueError(f"{recipe.data}: no such folder: say where with --data; tools/cache_latents.py makes latents")
-    images = ImageFiles(recipe.data, recipe.resolution, flip=recipe.flip)
+    images = ImageFiles(recipe.data, recipe.resolution, flip=recipe.flip, crop=recipe.crop)
     return images if recipe.vae is None else EncodedImages(images, recipe)
+
+
+def channel_weights(objective: MeanFlowConfig, data: Data) -> tuple[float, ...] | None:
+    """The objective's, where they are numbers; else 1 / the variance of each channel, of 1,024 samples at most."""
+    if objective.channel_weights != "inverse-variance":
+        return objective.channel_weights
+    sums = torch.zeros(2, data.shape[0], dtype=torch.float64)
+    rows = torch.linspace(0, len(data) - 1, min(len(data), 1024)).long().tolist()
+    for row in rows:
+        x = data.batch([row], [generator(0, row, "variance")])[0][0].double().flatten(1)
+        sums += torch.stack([x.mean(dim=1), x.square().mean(dim=1)])
+    mean, square = sums / len(rows)
+    variance = square - mean**2
+    if not (variance > 0).all():
+        raise ValueError(f"channel_weights: a channel of {data.facts.get('source')} is constant, variances {variance}")
+    return tuple((1 / variance).tolist())
 
 
 def subset(images: Images, size: tuple[int, int]) -> Images:
@@ -157,25 +200,28 @@ class SlotBatches(Sampler):
 
 
 class SlotData(Dataset):
-    """(x, y, draws) of a list of (image index, slot)."""
+    """(x, y, draws, augment_labels) of a list of (image index, slot)."""
 
     def __init__(self, recipe: TrainConfig, data: Data):
         self.recipe, self.data = recipe, data
 
-    def __getitems__(self, batch: list[tuple[int, int]]) -> tuple[Any, Tensor | None, Draws]:
+    def __getitems__(self, batch: list[tuple[int, int]]) -> tuple[Any, Tensor | None, Draws, Tensor | None]:
         indices, slots = map(list, zip(*batch))
         recipe, shape = self.recipe, self.data.shape
         x, y = self.data.batch(indices, (generator(recipe.seed, slot, "data") for slot in slots))
         draws = make_draws(recipe.objective, shape, recipe.seed, slots, recipe.global_batch)
         if recipe.fixed_noise:
             draws.e.copy_(noise(recipe.seed, indices, shape))
-        return x, y, draws
+        labels = None
+        if recipe.augment:
+            x, labels = augment(x, recipe.augment, (generator(recipe.seed, slot, "augment") for slot in slots))
+        return x, y, draws, labels
 
 
 def make_loader(
     recipe: TrainConfig, data: Data, start: int, stop: int, process: int = 0, num_processes: int = 1
 ) -> DataLoader:
-    """Micro-batches (x, y, draws) of this process for steps start to stop - 1, on the CPU.
+    """Micro-batches (x, y, draws, augment_labels) of this process for steps start to stop - 1, on the CPU.
 
     Raises:
         ValueError: the global batch does not divide, or a micro-batch cannot hold the exact share of r != t samples.

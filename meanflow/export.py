@@ -12,15 +12,14 @@ from meanflow import checkpoint
 from meanflow.config import MeanFlowConfig
 from meanflow.files import first_line
 from meanflow.hub import fetch
-from meanflow.pictures import save_grid
+from meanflow.pictures import middle_slices, save_grid
 from meanflow.pipeline import MeanFlowPipeline
 from meanflow.preflight import guidance_in_words, parameters
 from meanflow.vae import fingerprint, load_vae
-from models import MODELS
+from models import NETWORKS
 
 INDEX = "model_index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NETWORKS = {make.func.__name__: make.func for make in MODELS.values()}
 
 
 def load_pipeline(
@@ -144,7 +143,7 @@ def picture(pipe: MeanFlowPipeline, path: Path) -> None:
     y = torch.linspace(0, num_classes - 1, columns).long().tolist() if num_classes else None
     pipe.set_progress_bar_config(disable=True)
     x = pipe(y, columns, latents=pipe.noise(0, range(columns)), output_type="pt").images
-    save_grid(2 * x - 1, path, columns)
+    save_grid(middle_slices(x) if x.ndim == 5 else 2 * x - 1, path, columns)
 
 
 def card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str, ...], measured: str) -> str:

@@ -32,7 +32,7 @@ class Guard:
 
     def __init__(self, accelerator: Accelerator, recipe: TrainConfig, state: dict):
         self.accelerator, self.recipe = accelerator, recipe
-        self.level = state.get("raw_loss_level")  # running mean of the raw loss
+        self.level = state.get("raw_loss_level")  # running mean of each channel's raw loss
         self.observed = state.get("observed_steps", 0)
         self.skipped, self.in_a_row = state.get("skipped_steps", 0), 0
         self.signal, self.seen, self.before = 0, None, {}
@@ -55,17 +55,18 @@ class Guard:
         return {"raw_loss_level": self.level, "observed_steps": self.observed, "skipped_steps": self.skipped}
 
     def observe(self, raw_loss: Tensor, skipped: Tensor) -> None:
-        """Notes a step: its raw loss, and whether its gradient was not finite (1.0), so that it was skipped."""
-        mine = torch.stack([raw_loss.float(), skipped.float(), torch.full_like(raw_loss, self.signal).float()])
+        """Notes a step: its raw loss by channel, (C,), and whether its gradient was not finite, so it was skipped."""
+        signal = torch.full_like(raw_loss[:1], self.signal)
+        mine = torch.cat([skipped.view(1), signal, raw_loss]).float()
         self.seen = self.accelerator.reduce(mine.unsqueeze(0), "sum")[0] / self.accelerator.num_processes
 
     def decide(self) -> Stop | None:
         """Whether the step noted last ends the run; it is read once."""
         if self.seen is None:
             return None
-        recipe, (raw_loss, skipped, number) = self.recipe, self.seen.tolist()
+        recipe, (skipped, number, *raw_loss) = self.recipe, self.seen.tolist()
         self.seen = None
-        if skipped or not math.isfinite(raw_loss):
+        if skipped or not math.isfinite(sum(raw_loss)):
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             self.say(f"a gradient was not finite: step skipped, the {self.in_a_row}. in a row, {self.skipped} in all")
             if self.in_a_row >= recipe.max_skipped:
@@ -80,15 +81,21 @@ class Guard:
             return Stop(STOPPED, "a signal asked to stop", True)
         return None
 
-    def diverges(self, raw_loss: float) -> Stop | None:
-        recipe, level = self.recipe, raw_loss if self.level is None else self.level
-        words = f"raw loss {raw_loss:.4g} is {raw_loss / max(level, 1e-30):.0f} times its running level {level:.4g}"
+    def diverges(self, raw_loss: list[float]) -> Stop | None:
+        """By the channel that grew most: the whole loss cannot have grown more."""
+        recipe, levels = self.recipe, self.level or raw_loss
+        times = [now / max(level, 1e-30) for now, level in zip(raw_loss, levels)]
+        worst = max(range(len(times)), key=times.__getitem__)
+        words = f"raw loss {raw_loss[worst]:.4g} is {times[worst]:.0f} times its running level {levels[worst]:.4g}"
+        if len(times) > 1:
+            words = f"channel {worst}: {words}"
         if self.observed >= recipe.grace_steps:
-            if raw_loss > recipe.halt_at * level:
+            if times[worst] > recipe.halt_at:
                 return Stop(DIVERGED, f"{words}: {ADVICE}", False)
-            if raw_loss > recipe.warn_at * level:
+            if times[worst] > recipe.warn_at:
                 self.say(f"warning: {words}")
-        self.level = 0.99 * level + 0.01 * min(raw_loss, recipe.warn_at * level)
+        pairs = zip(raw_loss, levels)
+        self.level = [0.99 * level + 0.01 * min(now, recipe.warn_at * level) for now, level in pairs]
         self.observed += 1
         return None
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 CROP = "ADM centre crop"
 
@@ -70,16 +71,18 @@ class UnreadableImage(ValueError):
 class ImageFiles:
     """Images of a source, (3, size, size) in [-1, 1], and their classes, if a column has any.
 
-    The first column of type Image counts, and the first ClassLabel or one called label.
+    The first column of type Image counts, and the first ClassLabel or one called label. Without crop images must have
+    the size, and all are read now and kept in memory.
 
     Raises:
         ValueError: there is no such source, it is empty, it has no images, or a label is no class.
+        UnreadableImage: without crop, an image cannot be read or has another size.
     """
 
-    def __init__(self, source: str, size: int, split: str = "train", flip: bool = False):
+    def __init__(self, source: str, size: int, split: str = "train", flip: bool = False, crop: bool = True):
         import datasets
 
-        self.source, self.flip, self.shape = source, flip, (3, size, size)
+        self.source, self.flip, self.crop, self.shape = source, flip, crop, (3, size, size)
         rows = open_source(source, split)
         if not len(rows):
             raise ValueError(f"{source} is empty")
@@ -108,8 +111,12 @@ class ImageFiles:
                 allowed = f"in [0, {len(self.classes)})"
                 raise ValueError(f"{self.name(row)}: its label must be {allowed}, got {self.labels[row]}")
         self.num_classes = len(self.classes)
-        self.facts = {"source": source, "split": split, "resolution": size, "transform": CROP, "classes": self.classes}
-        self.facts["count"] = len(rows)
+        self.facts = {"source": source, "split": split, "resolution": size, "classes": self.classes}
+        self.facts |= {"transform": CROP if crop else None, "count": len(rows)}
+        self.memory = None
+        if not crop:
+            bar = tqdm(range(len(rows)), "images", unit="image", mininterval=1, disable=len(rows) < 10_000)
+            self.memory = torch.stack([self.pixels(row) for row in bar])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -126,18 +133,23 @@ class ImageFiles:
         file = self.files[index][self.column]
         try:
             with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
-                cropped = center_crop(image, self.shape[-1])
+                cropped = center_crop(image, self.shape[-1]) if self.crop else image.convert("RGB")
         except Exception as error:  # of many kinds, by each format's decoder
             raise UnreadableImage(f"{self.name(index)} is no readable image: {error}") from None
+        if cropped.size != self.shape[1:]:
+            width, height = cropped.size
+            size = f"{self.shape[1]} x {self.shape[2]}"
+            raise UnreadableImage(f"{self.name(index)} is {height} x {width}, not {size}: --crop cuts it")
         return torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1)
 
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Tensor, Tensor | None]:
         """x, (B, 3, size, size) float32 in [-1, 1], and y, (B,) int64; None without classes."""
-        x = torch.stack([self.pixels(index) for index in indices]).float() / 127.5 - 1
+        x = torch.stack([self.pixels(index) for index in indices]) if self.memory is None else self.memory[indices]
+        x = x.float() / 127.5 - 1
         if self.flip:
             flips = torch.tensor([bool(torch.rand((), generator=random) < 0.5) for random in randoms])
             x = torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
-        return x, None if self.labels is None else self.labels[torch.as_tensor(indices)]
+        return x, self.labels[torch.as_tensor(indices)] if self.num_classes else None
 
     def to_pixels(self, x: Tensor) -> Tensor:
         return x

@@ -133,8 +133,10 @@ class SharedPrimal(TorchFunctionMode):
         outs = out if isinstance(out, (list, tuple)) else [out]
         if all(x.d is None for x in duals) or not any(has_derivative(x) for x in outs):
             return out
-        # The rules know tensors by their place; by keyword they are rare.
-        rule = forward_mode if any(map(is_dual, kwargs.values())) else RULES.get(func, forward_mode)
+        rule = RULES.get(func, forward_mode)
+        # Every rule knows its first tensor by its place, and those of two tensors both; as keywords they are rare.
+        if not args or (rule in (add, bilinear, multiply) and any(map(is_dual, kwargs.values()))):
+            rule = forward_mode
         with torch.no_grad():
             tangent = rule(func, out, *args, **kwargs)
         if isinstance(out, Tensor):
@@ -221,6 +223,21 @@ def layer_norm(func, out: Tensor, x: Dual, shape, weight: Dual | None = None, bi
     return d if weight is None else d * weight.p
 
 
+def group_norm(func, out: Tensor, x: Dual, groups: int, weight: Dual | None = None, bias: Dual | None = None, eps=1e-5):
+    """As layer_norm."""
+    if x.d is None or not is_constant(weight, bias):
+        return forward_mode(func, out, x, groups, weight, bias, eps)
+    p, d = (a.to(out.dtype).contiguous() for a in (x.p, x.d))  # autocast may have raised it
+    size = (*p.shape[:2], p[0, 0].numel())
+    _, mean, rstd = torch.native_group_norm(p, None, None, *size, groups, eps)
+    d, _, _ = aten.native_group_norm_backward(d, p, mean, rstd, None, *size, groups, [True, False, False])
+    return d if weight is None else d * weight.p.view(-1, *[1] * (p.ndim - 2))
+
+
+def cat(func: Callable, out: Tensor, tensors: list[Dual], *args, **kwargs) -> Tensor:
+    return func([torch.zeros_like(x.p) if x.d is None else x.d for x in tensors], *args, **kwargs)
+
+
 def attention(
     func: Callable,
     out: Tensor,
@@ -252,13 +269,18 @@ RULES: dict[Callable, Callable] = {
     torch.conv1d: affine,
     torch.conv2d: affine,
     torch.conv3d: affine,
+    torch.conv_transpose2d: affine,
     F.scaled_dot_product_attention: attention,
     F.gelu: gelu,
     F.silu: silu,
     F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    torch.cat: cat,
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), add),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), multiply),
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm), bilinear),
     **dict.fromkeys((Tensor.reshape, Tensor.view, Tensor.flatten, Tensor.unflatten, Tensor.unsqueeze), linear_in_first),
     **dict.fromkeys((Tensor.permute, Tensor.transpose, Tensor.unbind, Tensor.chunk, Tensor.to), linear_in_first),
+    **dict.fromkeys((Tensor.__getitem__, Tensor.squeeze, torch.chunk, F.interpolate), linear_in_first),
+    **dict.fromkeys((Tensor.div, Tensor.__truediv__), linear_in_first),
 }

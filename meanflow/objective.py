@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,19 +52,23 @@ class MeanFlow(nn.Module):
         super().__init__()
         self.net, self.config = net, config
         self._no_split_modules = getattr(net, "_no_split_modules", None)  # what FSDP gathers at once
+        if config.channel_weights == "inverse-variance":
+            raise ValueError("channel_weights must be numbers by now: meanflow.data.channel_weights computes them")
         weights = None if config.channel_weights is None else torch.tensor(config.channel_weights)
         self.register_buffer("channel_weights", weights, persistent=False)
 
-    def u(self, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
-        return average_velocity(self.net, self.config, z, t, r, y)
+    def u(self, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None, augment_labels: Tensor | None = None) -> Tensor:
+        net = self.net if augment_labels is None else partial(self.net, augment_labels=augment_labels)
+        return average_velocity(net, self.config, z, t, r, y)
 
-    def forward(self, x: Tensor, y: Tensor | None, draws: Draws) -> Output:
+    def forward(self, x: Tensor, y: Tensor | None, draws: Draws, augment_labels: Tensor | None = None) -> Output:
         """The loss and metrics of one micro-batch.
 
         Args:
             x: data, (B, C, *S).
             y: classes in [0, num_classes], (B,) int64; None for an unconditional network.
             draws: the noise and times; the first k = round(B * meanflow_ratio) rows are the r != t ones.
+            augment_labels: how each sample was augmented, (B, augment_dim), for networks that are told.
         Returns:
             The metrics, means over the samples that they name: raw_loss, the squared error summed over a sample,
             without weights; raw_loss_flow and raw_loss_meanflow, of the r = t and the r != t samples;
@@ -80,16 +85,16 @@ class MeanFlow(nn.Module):
             y = torch.where(draws.drop, self.net.config.num_classes, y)
 
         def rows(part: slice) -> tuple[Tensor | None, ...]:
-            return tuple(None if a is None else a[part] for a in (z_t, t, r, y))
+            return tuple(None if a is None else a[part] for a in (z_t, t, r, y, augment_labels))
 
         # The r = t rows are plain flow matching; they go first, since guidance reads their u.
         u = self.u(*rows(slice(k, None))) if k < len(x) else v[k:]
-        u_tgt = v_g = self.guide(v, z_t, t, y, u, draws) if config.guided else v
+        u_tgt = v_g = self.guide(v, z_t, t, y, augment_labels, u, draws) if config.guided else v
         metrics = {}
         if k:
-            *interval, y_k = rows(slice(k))
+            *interval, y_k, labels_k = rows(slice(k))
             u_k, u_tgt_k, du_dt = mean_velocity_target(
-                lambda z, t, r: self.u(z, t, r, y_k), *interval, v_g[:k], JVP[config.jvp]
+                lambda z, t, r: self.u(z, t, r, y_k, labels_k), *interval, v_g[:k], JVP[config.jvp]
             )
             u, u_tgt = torch.cat([u_k, u]), torch.cat([u_tgt_k, v_g[k:]])
             metrics["du_dt"] = du_dt.flatten(1).norm(dim=1).mean()
@@ -108,7 +113,7 @@ class MeanFlow(nn.Module):
                 metrics[name] = part.sum(dim=1).mean()
         return Output(loss, metrics)
 
-    def guide(self, v: Tensor, z_t: Tensor, t: Tensor, y: Tensor, u_flow: Tensor, draws: Draws) -> Tensor:
+    def guide(self, v, z_t, t, y, augment_labels, u_flow: Tensor, draws: Draws) -> Tensor:
         """The guided velocity, detached: v where guidance does not act, and only the rows where it does are evaluated.
 
         u_flow is u(z_t, t, t, y) of the r = t rows, the main forward's output. A network with active dropout
@@ -124,7 +129,8 @@ class MeanFlow(nn.Module):
         if not len(batch):  # in vain, but FSDP's ranks have to agree on the number of forwards
             batch, labels = torch.zeros_like(y[:1]), y[:1]
         with torch.no_grad(), evaluation(self.net):
-            u = self.u(z_t[batch], t[batch], t[batch], labels)
+            told = None if augment_labels is None else augment_labels[batch]
+            u = self.u(z_t[batch], t[batch], t[batch], labels, told)
         u_null, u_cond = u[: len(acting)], u[len(acting) : len(acting) + len(again)]
         if config.kappa and len(again) < len(acting):
             u_cond = torch.cat([u_cond, u_flow.detach()[flow - k]])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -13,6 +14,17 @@ def save_grid(x: Tensor, path: Path, columns: int) -> None:
     x = x.repeat_interleave(enlarge, dim=-1).repeat_interleave(enlarge, dim=-2)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(make_grid(x / 2 + 0.5, nrow=columns, pad_value=0.5), path)
+
+
+def middle_slices(x: Tensor) -> Tensor:
+    """Volumes (B, C, D, H, W) as pictures in [-1, 1], (B, 1, H, C * W): each channel's middle slice, side by side.
+
+    A channel's darkest and brightest voxels in the slices of all are black and white.
+    """
+    x = x[:, :, x.shape[2] // 2]  # (B, C, H, W)
+    low, high = (edge(x.transpose(0, 1).flatten(1), dim=1).view(-1, 1, 1) for edge in (torch.amin, torch.amax))
+    x = 2 * (x - low) / (high - low).clamp(min=1e-12) - 1
+    return x.transpose(1, 2).flatten(2).unsqueeze(1)
 
 
 def save_curves(log: list[dict], path: Path) -> None:

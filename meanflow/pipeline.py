@@ -23,7 +23,7 @@ class MeanFlowPipeline(DiffusionPipeline):
     """pipe(class_labels=["cat", 3]).images: one-step samples.
 
     Args:
-        net: net(z, t, h, y) -> u, with its shape and num_classes in its config.
+        net: net(z, t, h, y) -> u, with a sample's shape in z_shape and num_classes in its config.
         vae: an AutoencoderKL, None for pixels.
         objective: what it was trained by, the fields of meanflow's MeanFlowConfig.
         id2label: names of the classes.
@@ -53,8 +53,7 @@ class MeanFlowPipeline(DiffusionPipeline):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one sample as the network sees it, (C, *S)."""
-        size = self.net.config.input_size
-        return self.net.config.in_channels, *((size, size) if isinstance(size, int) else size)
+        return self.net.z_shape
 
     def noise(self, seed: int, indices) -> Tensor:
         """Noise to pass as latents; image k's depends on (seed, k) alone, so not on the batch it is in."""
@@ -136,6 +135,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             solver: meanflow, or an ODE solver for the instantaneous velocity: euler, heun, rk4; default: the best.
             latents: the noise, (B, C, *S); default: drawn by the generator, or one generator an image.
             output_type: pil; np, (B, H, W, C), or pt, (B, C, H, W), in [0, 1]; or latent, as the network makes them.
+                Volumes come as the network makes them, np by default, (B, C, D, H, W).
         Raises:
             ValueError: a class, shape, solver or scale that cannot be.
         """
@@ -181,6 +181,8 @@ class MeanFlowPipeline(DiffusionPipeline):
                 torch.tensor(self.config.latents[name], device=z.device).view(-1, 1, 1) for name in ("shift", "scale")
             )
             z = self.vae.decode((z / scale + shift).to(self.vae.dtype)).sample
+        if z.ndim == 5:
+            return z.float().cpu().numpy() if output_type in ("pil", "np") else z.float()
         return self.image_processor.postprocess(z.float(), output_type)
 
     def save_pretrained(self, save_directory, **options) -> None:

@@ -17,6 +17,13 @@ from meanflow.objective import MeanFlow
 from meanflow.time import num_meanflow
 from models import MODELS
 
+# The networks of smoke tests.
+SMALL = {
+    "DiT": {"depth": 2, "hidden_size": 64, "num_heads": 4},
+    "UNet-cifar": {"model_channels": 16, "num_blocks": 1},
+    "UNet": {"block_out_channels": (16, 32), "attention": (False, True), "layers_per_block": 1},
+}
+
 
 def make_net(recipe: TrainConfig, data: Data) -> ModelMixin:
     """The recipe's network, for the data's shape and classes.
@@ -27,8 +34,16 @@ def make_net(recipe: TrainConfig, data: Data) -> ModelMixin:
     if recipe.model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {recipe.model}")
     channels, *size = data.shape
-    small = {"depth": 2, "hidden_size": 64, "num_heads": 4} if recipe.smoke else {}
-    return MODELS[recipe.model](input_size=tuple(size), in_channels=channels, num_classes=data.num_classes, **small)
+    small = SMALL.get(recipe.model, SMALL[recipe.model.split("-")[0]]) if recipe.smoke else {}
+    sizes = {**recipe.net, **small}
+    try:
+        net = MODELS[recipe.model](input_size=tuple(size), in_channels=channels, num_classes=data.num_classes, **sizes)
+    except TypeError as error:  # it does not know a size
+        raise ValueError(f"net: {recipe.model} cannot be made of {recipe.net}: {error}") from None
+    told = net.config.get("augment_dim")
+    if recipe.augment and told != 6:
+        raise ValueError(f"net.augment_dim must be 6 with augment {recipe.augment}, got {told}")
+    return net
 
 
 def total_steps(recipe: TrainConfig, data: Data) -> int:
@@ -64,7 +79,8 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
     micro_batch = SlotBatches(recipe, len(data), 0, total, 0, num_processes).micro_batch
     if objective.guided and not data.num_classes:
         raise ValueError("objective.omega and objective.kappa must be 1 and 0 for data without classes, got guidance")
-    MeanFlow(net, objective).check_channels(data.shape[0])
+    if objective.channel_weights != "inverse-variance":
+        MeanFlow(net, objective).check_channels(data.shape[0])
 
     done = [int(path.name[5:]) for path in checkpoints(recipe.out)]
     size, written = checkpoint_bytes(recipe, net), math.ceil(total / recipe.checkpoint_every)
@@ -89,7 +105,7 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
     return "\n".join(
         f"  {name:10}{value}"
         for name, value in {
-            "network": f"{recipe.model}{', cut to 2 blocks' if recipe.smoke else ''}: {parameters(net):,} parameters",
+            "network": f"{recipe.model}{', made small' if recipe.smoke else ''}: {parameters(net):,} parameters",
             "data": f"{recipe.data}: {len(data):,} x {' x '.join(map(str, data.shape))}{made_by}, {classes}"
             f"{', mirrored at random' if recipe.flip else ''}",
             "batch": f"{G} = {micro_batch} x {num_processes} processes x {recipe.accumulation_steps} accumulation "

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from meanflow import checkpoint
 from meanflow.config import TrainConfig
-from meanflow.data import Data, load_data, make_loader
+from meanflow.data import Data, channel_weights, load_data, make_loader
 from meanflow.ema import Averages
 from meanflow.export import export
 from meanflow.files import first_line, write_whole
@@ -79,8 +79,9 @@ class Trainer:
         self.averages = Averages(self.net, recipe.ema_decay)
         if start is not None:
             checkpoint.load_networks(start, self.net, self.averages)
+        objective = replace(recipe.objective, channel_weights=channel_weights(recipe.objective, self.data))
         optimizer = torch.optim.Adam(self.net.parameters(), recipe.lr, recipe.betas, fused=True)
-        self.objective, self.optimizer = self.accelerator.prepare(MeanFlow(self.net, recipe.objective), optimizer)
+        self.objective, self.optimizer = self.accelerator.prepare(MeanFlow(self.net, objective), optimizer)
         if self.accelerator.is_fsdp2:
             for _, average in self.averages.items():
                 fsdp2_prepare_model(self.accelerator, average)
@@ -134,12 +135,12 @@ class Trainer:
         with Guard(accelerator, recipe, progress) as guard:
             for micro_step, batch in enumerate(self.loader(step), start=step * recipe.accumulation_steps):
                 self.seed_network(micro_step)
-                x, y, draws = send_to_device(batch, accelerator.device, non_blocking=True)
+                x, y, draws, augment_labels = send_to_device(batch, accelerator.device, non_blocking=True)
                 if isinstance(self.data, EncodedImages):
                     x = self.data.encode(*x)
                 with accelerator.accumulate(self.objective):
                     with accelerator.autocast():
-                        out = self.objective(x, y, draws)
+                        out = self.objective(x, y, draws, augment_labels)
                     accelerator.backward(out.loss)
                     if accelerator.sync_gradients:
                         limit = recipe.max_grad_norm or math.inf
@@ -151,7 +152,7 @@ class Trainer:
                     optimizer.step()
                     optimizer.zero_grad()
                 log.add(out.loss, out.metrics)
-                raw_loss += out.metrics["raw_loss"] / recipe.accumulation_steps
+                raw_loss += out.metrics["raw_loss_channels"] / recipe.accumulation_steps
                 if not accelerator.sync_gradients:
                     continue
                 step += 1

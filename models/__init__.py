@@ -1,8 +1,14 @@
-"""The zoo: `MODELS[name](input_size=..., in_channels=..., num_classes=...)` builds a network."""
+"""The zoo: `MODELS[name](input_size=..., in_channels=..., num_classes=...)` builds a network.
+
+Other sizes of a network are given by name, too: `MODELS["UNet-cifar"](..., model_channels=32)`.
+"""
 
 from functools import partial
 
 from models.dit import DiT
+from models.unet import UNet, UNetCifar
+
+NETWORKS = {network.__name__: network for network in (DiT, UNet, UNetCifar)}
 
 _DIT_SIZES = {  # depth, hidden_size, num_heads
     "XS": (4, 64, 4),
@@ -19,4 +25,21 @@ MODELS = {
     )
     for size, (depth, hidden_size, num_heads) in _DIT_SIZES.items()
     for patch_size in (2, 4, 8)
+}
+
+
+def _unet_cifar(input_size: int | tuple[int, ...], in_channels: int, **options) -> UNetCifar:
+    sides = {input_size} if isinstance(input_size, int) else set(input_size)
+    if len(sides) != 1 or (not isinstance(input_size, int) and len(input_size) != 2):
+        raise ValueError(f"UNet-cifar takes square images alone, got {input_size}")
+    sizes = {"model_channels": 128, "channel_mult": (2, 2, 2), "num_blocks": 4, "dropout": 0.2, **options}
+    return UNetCifar(img_resolution=sides.pop(), in_channels=in_channels, out_channels=in_channels, **sizes)
+
+
+MODELS |= {
+    "UNet-cifar": _unet_cifar,
+    "UNet-digits": partial(UNet, block_out_channels=(32, 64), attention=(False, True), layers_per_block=1),
+    # For 32 x 32 pixels, and for the 32 x 32 x 4 latents of 256 x 256 images.
+    "UNet-pixels": partial(UNet, block_out_channels=(128, 256, 256), attention=(False, True, False), dropout=0.1),
+    "UNet-latents": partial(UNet, block_out_channels=(192, 384, 768), attention=(False, True, True)),
 }

@@ -1,9 +1,10 @@
-"""The MeanFlow DiT: a transformer on patches, conditioned on (t, h) and a class by adaLN-Zero.
+"""The MeanFlow DiT: a transformer on patches, conditioned on (t, h) and a class by adaLN-Zero; of images or volumes.
 
 Architecture of "Scalable Diffusion Models with Transformers" (arXiv:2212.09748) with the time inputs of MeanFlow
 (arXiv:2505.13447). Parameter names are those of facebookresearch/DiT, so that its checkpoints map one to one.
 
-Shapes: B batch, C channels, H x W input size, p patch size, N = (H/p)(W/p) tokens, D hidden size.
+Shapes: B batch, C channels, S input size, (H, W) or (D, H, W), p patch size, N = prod(S) / p^axes tokens, D hidden
+size.
 """
 
 import math
@@ -21,15 +22,32 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def sincos_positions(width: int, rows: int, columns: int) -> Tensor:
-    """Fixed position table (rows * columns, width): the column's code fills the first half, the row's the second."""
-    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+def sincos_positions(width: int, *grid: int) -> Tensor:
+    """Fixed position table (N, width) of a grid of tokens, an even share of the width for each axis.
+
+    Of images the column's code comes first, as in DiT; of volumes the order is D, H, W, and D gets what is left over.
+    """
+    positions = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    share = 2 * (width // (2 * len(grid)))
     codes = []
-    for position in (column, row):
+    for axis, position in enumerate(positions[::-1] if len(grid) == 2 else positions):
+        half = (share if axis else width - share * (len(grid) - 1)) // 2
+        frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
         angle = position.reshape(-1, 1) * frequency
         codes += [angle.sin(), angle.cos()]
     return torch.cat(codes, dim=1).float()
+
+
+class PatchEmbed3d(nn.Module):
+    """timm's PatchEmbed for volumes: (B, C, D, H, W) -> (B, N, D)."""
+
+    def __init__(self, size: tuple[int, ...], patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.grid_size = tuple(side // patch_size for side in size)
+        self.proj = nn.Conv3d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.proj(z).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -109,7 +127,7 @@ class DiT(ModelMixin, ConfigMixin):
     """net(z, t, h, y) -> u, the average velocity over [t - h, t]; a fresh network returns 0.
 
     Args:
-        input_size: height and width of z, one number for a square; a multiple of patch_size.
+        input_size: (H, W) of images, one number for a square; (D, H, W) of volumes. Multiples of patch_size.
         hidden_size: width D; a multiple of 4 and of num_heads.
         num_classes: classes 0..num_classes - 1; num_classes itself is the null class. 0: unconditional, y is None.
     Raises:
@@ -122,7 +140,7 @@ class DiT(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        input_size: int | tuple[int, int],
+        input_size: int | tuple[int, ...],
         patch_size: int,
         in_channels: int,
         hidden_size: int,
@@ -139,7 +157,8 @@ class DiT(ModelMixin, ConfigMixin):
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads ({num_heads})")
         self.z_shape = (in_channels, *size)
         self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() sets it
-        self.x_embedder = PatchEmbed(size, patch_size, in_channels, hidden_size)
+        embed = PatchEmbed if len(size) == 2 else PatchEmbed3d
+        self.x_embedder = embed(size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.h_embedder = TimestepEmbedder(hidden_size)
         if num_classes:
@@ -147,7 +166,7 @@ class DiT(ModelMixin, ConfigMixin):
         positions = sincos_positions(hidden_size, *self.x_embedder.grid_size)
         self.register_buffer("pos_embed", positions, persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size ** len(size) * in_channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -169,7 +188,7 @@ class DiT(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, z: Tensor, t: Tensor, h: Tensor, y: Tensor | None = None) -> Tensor:
-        """Returns u like z. z: (B, C, H, W); t, h = t - r: (B,) in [0, 1]; y: (B,) int64, None if unconditional."""
+        """Returns u like z. z: (B, C, *S); t, h = t - r: (B,) in [0, 1]; y: (B,) int64, None if unconditional."""
         if z.shape[1:] != self.z_shape:
             raise ValueError(f"z must be (B, {', '.join(map(str, self.z_shape))}), got {tuple(z.shape)}")
         if (y is None) != (self.config.num_classes == 0):
@@ -186,7 +205,11 @@ class DiT(ModelMixin, ConfigMixin):
         return self.unpatchify(self.final_layer(x, c))
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """(B, N, p * p * C) -> (B, C, H, W); a token's features are ordered (row, column, channel)."""
-        p, (rows, columns) = self.config.patch_size, self.x_embedder.grid_size
-        x = x.unflatten(1, (rows, columns)).unflatten(-1, (p, p, -1))  # (B, rows, columns, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        """(B, N, p * p * C) -> (B, C, *S); a token's features are ordered (row, column, channel), or (D, H, W, C)."""
+        grid = self.x_embedder.grid_size
+        axes = len(grid)
+        x = x.unflatten(1, grid).unflatten(-1, (*[self.config.patch_size] * axes, -1))  # (B, *grid, p, p, C)
+        x = x.permute(0, -1, *(i for axis in range(1, axes + 1) for i in (axis, axis + axes)))
+        for axis in range(2, axes + 2):
+            x = x.flatten(axis, axis + 1)
+        return x

@@ -2,6 +2,7 @@
 
 import runpy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import hub_server
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.dit import DiT
+from models.unet import UNet, UNetCifar
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 GOLDEN = Path(__file__).parent / "golden"
@@ -52,6 +54,23 @@ def small_dit(**changes) -> DiT:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return perturbed(DiT(**{**settings, "num_classes": 5, **changes}))
+
+
+def zoo(make: Callable[..., nn.Module], fresh: bool = False) -> nn.Module:
+    """A small network with 5 classes; perturbed, unless it is to be fresh."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = make(num_classes=5)
+    return net if fresh else perturbed(net, 0.05)
+
+
+ZOO = {
+    "DiT": partial(zoo, partial(DiT, 4, 2, 3, 32, 2, 2)),
+    "DiT of volumes": partial(zoo, partial(DiT, (2, 4, 6), 2, 3, 32, 2, 2)),
+    "UNet": partial(zoo, partial(UNet, 8, 3, (16, 32), (False, True), 1, 0.2)),
+    # 16 x 16, where it has attention on the way down and up.
+    "UNet-cifar": partial(zoo, partial(UNetCifar, 16, 3, 3, 16, (1, 2), 1, 0.2, 6)),
+}  # name: a constructor
 
 
 def save_photos(folder: Path, count: int) -> None:

@@ -22,7 +22,7 @@ def samples(recipe: TrainConfig, num_processes: int = 1, start: int = 0, stop: i
     steps = [set() for _ in range(start, stop)]
     for process in range(num_processes):
         loader = make_loader(recipe, images(), start, stop, process, num_processes)
-        for number, (x, y, draws) in enumerate(loader):
+        for number, (x, y, draws, _) in enumerate(loader):
             rows = zip(x.flatten().tolist(), y.tolist(), draws.e.flatten().tolist(), *(
                 column.tolist() for column in (draws.t, draws.r, draws.drop)))  # fmt: skip
             steps[number // recipe.accumulation_steps] |= set(rows)
@@ -44,18 +44,18 @@ def test_resumed_loader_continues_mid_epoch_where_the_other_stopped():
 
 def test_every_image_comes_once_an_epoch_in_another_order_each_time():
     """23 images and steps of 16, so that steps mix epochs."""
-    orders = torch.cat([x.flatten() for x, _, _ in make_loader(recipe(objective=MeanFlowConfig(0.0)), images(), 0, 9)])
+    orders = torch.cat([x.flatten() for x, *_ in make_loader(recipe(objective=MeanFlowConfig(0.0)), images(), 0, 9)])
     first, second = orders[:23].tolist(), orders[23:46].tolist()
     assert sorted(first) == sorted(second) == list(range(23)) and first != second
     other_seed = torch.cat(
-        [x.flatten() for x, _, _ in make_loader(recipe(seed=1, objective=MeanFlowConfig(0.0)), images(), 0, 2)]
+        [x.flatten() for x, *_ in make_loader(recipe(seed=1, objective=MeanFlowConfig(0.0)), images(), 0, 2)]
     )
     assert other_seed[:23].tolist() != first
 
 
 def test_fixed_noise_belongs_to_the_image():
     seen = {}
-    for x, _, draws in make_loader(recipe(fixed_noise=True), images(), 0, 6):
+    for x, _, draws, _ in make_loader(recipe(fixed_noise=True), images(), 0, 6):
         for image, e in zip(x.flatten().tolist(), draws.e.flatten().tolist()):
             assert seen.setdefault(image, e) == e
     assert len(set(seen.values())) == 23

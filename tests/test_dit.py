@@ -93,7 +93,7 @@ def test_fresh_network_returns_zero():
 
 def test_half_of_each_position_code_is_the_column():
     """Two tokens of one column share the first half, two of one row the second."""
-    table = sincos_positions(16, rows=3, columns=5).view(3, 5, 16)
+    table = sincos_positions(16, 3, 5).view(3, 5, 16)
     assert torch.equal(table[0, 2, :8], table[2, 2, :8])
     assert torch.equal(table[1, 0, 8:], table[1, 4, 8:])
     assert not torch.equal(table[0, 2, 8:], table[2, 2, 8:])

@@ -3,16 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_golden, perturbed, small_dit
+from conftest import ZOO, assert_golden, perturbed, small_dit
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow.jvp import finite_difference, jvp
 
 
-def dit_inputs(dtype=torch.float64, batch=3):
+def dit_inputs(dtype=torch.float64, batch=3, shape=(3, 4, 4)):
     torch.manual_seed(1)
-    z, v = torch.randn(2, batch, 3, 4, 4, dtype=dtype)
+    z, v = torch.randn(2, batch, *shape, dtype=dtype)
     r, t = torch.rand(2, batch, dtype=dtype).sort(0).values
     return (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r)), torch.randint(6, (batch,))
 
@@ -22,10 +22,11 @@ def central_difference(fn, primals, tangents, step=1e-5):
     return (ahead - behind) / (2 * step)
 
 
-def test_derivative_of_the_dit_equals_central_differences_in_float64():
+@pytest.mark.parametrize("name", ZOO)
+def test_derivative_of_every_network_equals_central_differences_in_float64(name):
     """A wrong rule for any operation fails; from perturbed weights, since a fresh network is constant."""
-    primals, tangents, y = dit_inputs()
-    net = small_dit().double()
+    net = ZOO[name]().double().eval()
+    primals, tangents, y = dit_inputs(shape=net.z_shape)
     u, du_dt = jvp(lambda z, t, r: net(z, t, t - r, y), primals, tangents)
     torch.testing.assert_close(
         du_dt, central_difference(lambda z, t, r: net(z, t, t - r, y), primals, tangents).detach(), rtol=1e-7, atol=1e-8

@@ -4,13 +4,21 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN, assert_golden, perturbed, small_dit
+from conftest import GOLDEN, ZOO, assert_golden, perturbed, small_dit
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow.guidance import guided_velocity
 from meanflow.jvp import jvp
-from meanflow.objective import Draws, MeanFlow, MeanFlowConfig, adaptive_weight, average_velocity, mean_velocity_target
+from meanflow.objective import (
+    Draws,
+    MeanFlow,
+    MeanFlowConfig,
+    adaptive_weight,
+    average_velocity,
+    has_dropout,
+    mean_velocity_target,
+)
 from meanflow.sampler import sample
 from meanflow.time import make_draws, order_slots
 
@@ -50,7 +58,8 @@ def test_velocity_target_and_derivative_match_the_official_numbers(name, golden,
     y_inp = torch.where(drop, null, y)
     assert torch.equal(y_inp, expected["y_inp"].long())
     if config.guided:
-        v_g = objective.guide(v, z_t, t, y_inp, objective.u(z_t[4:], t[4:], t[4:], y_inp[4:]), draws)
+        u_flow = objective.u(z_t[4:], t[4:], t[4:], y_inp[4:])
+        v_g = objective.guide(v, z_t, t, y_inp, None, u_flow, draws)
     else:
         v_g = v
     assert_golden(v_g, expected["v_g_nchw"])
@@ -84,19 +93,22 @@ def test_loss_and_gradients_match_the_official_numbers(name, norm_p, golden, gol
         assert_golden(golden_net.get_parameter(key.removeprefix(prefix + "grad.")).grad, value)
 
 
-def naive_loss(net, config: MeanFlowConfig, x, y, draws: Draws):
+def naive_loss(net, config: MeanFlowConfig, x, y, draws: Draws, **told):
     """The objective without any cleverness: everything on the whole batch, the derivative by torch.func.jvp."""
 
     def u_fn(z, t, r, y):
-        out = net(z, t, t - r, y)
+        out = net(z, t, t - r, y, **told)
         return out if config.prediction == "u" else (z - out) / torch.clamp(t, min=config.t_min).view(-1, 1, 1, 1)
 
-    column = (-1, 1, 1, 1)
+    column = (-1, *[1] * (x.ndim - 1))
     t, r = draws.t, draws.r
     z_t = (1 - t).view(column) * x + t.view(column) * draws.e
     v = draws.e - x
     null = torch.full_like(y, net.config.num_classes)
+    training = net.training
+    net.eval()
     u_null, u_cond = u_fn(z_t, t, t, null).detach(), u_fn(z_t, t, t, y).detach()
+    net.train(training)
     v_g = config.omega * v + (1 - config.omega - config.kappa) * u_null + config.kappa * u_cond
     acts = (t >= config.t_start) & (t <= config.t_end) & ~draws.drop
     v_g = torch.where(acts.view(column), v_g, v)
@@ -105,7 +117,7 @@ def naive_loss(net, config: MeanFlowConfig, x, y, draws: Draws):
         u, du_dt = torch.func.jvp(
             lambda z, t, r: u_fn(z, t, r, y), (z_t, t, r), (v_g, torch.ones_like(t), torch.zeros_like(r))
         )
-    error = (u - (v_g - (t - r).view(column) * du_dt).detach()).square().sum(dim=(1, 2, 3))
+    error = (u - (v_g - (t - r).view(column) * du_dt).detach()).square().flatten(1).sum(dim=1)
     return (error / (error.detach() + config.norm_eps) ** config.norm_p).mean()
 
 
@@ -149,6 +161,67 @@ def test_selective_objective_equals_its_naive_twin(ratio, guidance, drop, predic
         results.append([value.detach(), *(p.grad.clone() for p in net.parameters())])
     for expected, actual in zip(*results):
         assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+class KeyedDropout(nn.Dropout):
+    """Dropout whose mask is a function of the layer and the sample, so the same however samples are batched."""
+
+    rows = range(0)  # the samples of the forward that runs
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        seeds = [hash((self.key, row)) for row in self.rows] if len(self.rows) else []
+        masks = [
+            torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(seed % 2**31)) > self.p for seed in seeds
+        ]
+        return x * (torch.stack(masks).to(x.dtype) / (1 - self.p))
+
+
+def keyed_dropout(net: nn.Module, B: int, k: int) -> nn.Module:
+    """The network with such dropout, called with all of B samples, with the first k or with the others (k != B - k)."""
+    for key, (name, layer) in enumerate(list(net.named_modules())):
+        if type(layer) is nn.Dropout and layer.p:
+            keyed = KeyedDropout(layer.p)
+            keyed.key = key
+            net.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], keyed)
+
+    def say(_, args):
+        KeyedDropout.rows = {B: range(B), B - k: range(k, B), k: range(k)}.get(len(args[0]), range(0))
+
+    net.register_forward_pre_hook(say)
+    return net
+
+
+@pytest.mark.parametrize("guidance", ["none", "interval"])
+@pytest.mark.parametrize("ratio", [0.25, 0.75])
+@pytest.mark.parametrize("name", ZOO)
+def test_selective_objective_of_every_network_equals_its_naive_twin(name, ratio, guidance):
+    """In training, so with dropout in both forwards, one mask for u and du_dt, and none in guidance."""
+    B, k = 8, round(8 * ratio)
+    config = MeanFlowConfig(meanflow_ratio=ratio, **GUIDANCE[guidance])
+    net = keyed_dropout(ZOO[name]().double().train(), B, k)
+    assert has_dropout(net) == name.startswith("UNet")
+    random = torch.Generator().manual_seed(2)
+    x, e = torch.randn(2, B, *net.z_shape, generator=random, dtype=torch.float64)
+    t = torch.linspace(0.15, 0.9, B, dtype=torch.float64)[torch.randperm(B, generator=random)]
+    r = torch.where(torch.arange(B) < k, t * torch.rand(B, generator=random, dtype=torch.float64), t)
+    y = torch.randint(5, (B,), generator=random)
+    draws = Draws(e, t, r, torch.arange(B) % 5 == 0)
+    told = {"augment_labels": torch.randn(B, 6, generator=random).double()} if name == "UNet-cifar" else {}
+
+    results = []
+    for loss in (
+        lambda: naive_loss(net, config, x, y, draws, **told),
+        lambda: MeanFlow(net, config)(x, y, draws, **told).loss,
+    ):
+        net.zero_grad()
+        value = loss()
+        value.backward()
+        results.append([value.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1])
+    for expected, actual in zip(*results):
+        assert (actual - expected).abs().max() <= 1e-10 * max(1e-3, expected.abs().max())
 
 
 def test_guidance_evaluates_only_the_rows_that_need_it():

@@ -117,7 +117,7 @@ def test_smoke_test_trains_the_very_recipe(recipe, tool, tmp_path):
     flags = ["--smoke", "--out", tmp_path / "run"]
     shown = tool(f"recipes/{recipe}", *flags)
     out = tmp_path / "run-smoke"
-    assert "cut to 2 blocks" in shown and "4 of 16 with r != t" in shown
+    assert "made small" in shown and "4 of 16 with r != t" in shown
     assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]
     assert (out / "samples/step-00000004.png").exists()
     last = out / "step-00000004"

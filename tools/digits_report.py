@@ -1,6 +1,7 @@
-"""Compares a MeanFlow run on the digits with its flow-matching twin, against the held-out digits.
+"""Compares what runs on the digits generate with the held-out digits.
 
     python tools/digits_report.py runs/digits --flow runs/digits-flow
+    python tools/digits_report.py runs/digits_unet
 
 Prints a table and writes metrics.json and samples.png into the run.
 """
@@ -17,8 +18,8 @@ import tyro
 class Options:
     run: tyro.conf.Positional[Path]
     """the MeanFlow run"""
-    flow: Path
-    """the flow-matching run: same network, steps and seed"""
+    flow: Path | None = None
+    """its flow-matching twin: same network, steps and seed"""
 
 
 def report(options: Options) -> None:
@@ -34,7 +35,7 @@ def report(options: Options) -> None:
     from meanflow.sampler import euler, sample
 
     recipes = []
-    for folder in (options.run, options.flow):
+    for folder in filter(None, (options.run, options.flow)):
         if not checkpoints(folder):
             raise FileNotFoundError(f"{folder} has no checkpoint: train it first")
         recipes.append(json.loads((checkpoints(folder)[-1] / "recipe.json").read_text()))
@@ -42,11 +43,13 @@ def report(options: Options) -> None:
             raise ValueError(
                 f"{folder} is at {checkpoints(folder)[-1].name} of {recipes[-1]['steps']}: finish it first"
             )
-    names = different(*recipes) - {"objective.meanflow_ratio"}
+    names = different(recipes[0], recipes[-1]) - {"objective.meanflow_ratio"}
     if names:
         raise ValueError(f"{options.flow} is no twin of {options.run}: they differ in {', '.join(sorted(names))}")
 
-    real, held_out = digits()
+    if recipes[0]["data"] != "digits":
+        raise ValueError(f"{options.run} was trained on {recipes[0]['data']}, not on digits")
+    real, held_out = digits(recipes[0]["resolution"] or 8)
 
     def pixels(x: torch.Tensor):
         return ((x + 1) * 8).round().clamp(0, 16).flatten(1).numpy()
@@ -71,7 +74,7 @@ def report(options: Options) -> None:
     rows["real digits, training to held-out"]["accuracy"] = measure(target, held_out.y)["accuracy"]
     for name, folder, settings in (
         ("MeanFlow", options.run, ((sample, 1), (sample, 2), (sample, 4), (euler, 50))),
-        ("flow matching", options.flow, ((sample, 1), (euler, 50))),
+        ("flow matching", options.flow, ((sample, 1), (euler, 50)) if options.flow else ()),
     ):
         for solver, num_steps in settings:
             x = generate(*load_network(checkpoints(folder)[-1]), solver, num_steps)
