@@ -43,13 +43,15 @@ class Images:
     """Images in memory.
 
     Args:
-        x: (N, C, *S), pixels in [-1, 1].
+        x: (N, C, *S), pixels in [-1, 1], or latents in model units.
         y: classes in [0, num_classes), (N,) int64; None without classes.
+        latents: the shift and scale of latents, for a sampler.
     """
 
     x: Tensor
     y: Tensor | None
     num_classes: int
+    latents: dict | None = None
 
     def __post_init__(self) -> None:
         if self.y is not None and not (0 <= self.y.min() and self.y.max() < self.num_classes):
@@ -61,7 +63,7 @@ class Images:
 
     @property
     def facts(self) -> dict:
-        return {"count": len(self), "classes": [str(label) for label in range(self.num_classes)]}
+        return {"count": len(self), "classes": list(map(str, range(self.num_classes))), "latents": self.latents}
 
     def __len__(self) -> int:
         return len(self.x)
@@ -70,7 +72,7 @@ class Images:
         return self.x[indices], None if self.y is None else self.y[indices]
 
     def to_pixels(self, x: Tensor) -> Tensor:
-        return x
+        return x[:, :3]
 
 
 def digits() -> tuple[Images, Images]:
@@ -93,6 +95,8 @@ def load_data(recipe: TrainConfig) -> Data:
         ValueError: there are none, they are damaged, or they are not what the recipe expects; the message says what.
     """
     folder = Path(recipe.data).expanduser()
+    if recipe.smoke and recipe.vae:
+        return random_latents(recipe)
     if recipe.data != "digits" and recipe.subset:
         raise ValueError(f"subset is for digits, got data {recipe.data}")
     if recipe.data == "digits":
@@ -108,6 +112,14 @@ def load_data(recipe: TrainConfig) -> Data:
         raise ValueError(f"{recipe.data}: no such folder: say where with --data; tools/cache_latents.py makes latents")
     images = ImageFiles(recipe.data, recipe.resolution, flip=recipe.flip)
     return images if recipe.vae is None else EncodedImages(images, recipe)
+
+
+def random_latents(recipe: TrainConfig) -> Images:
+    """A smoke test's data: 256 latents as Stable Diffusion's VAE shapes them, of 1,000 classes."""
+    size, random = recipe.resolution // 8, torch.Generator().manual_seed(0)
+    x = torch.randn(256, 4, size, size, generator=random)
+    y = torch.randint(1000, (256,), generator=random)
+    return Images(x, y, num_classes=1000, latents={"shift": 0.0, "scale": recipe.scaling_factor})
 
 
 def subset(images: Images, size: tuple[int, int]) -> Images:

@@ -46,7 +46,7 @@ def load_pipeline(
         recipe, facts = (json.loads((folder / f"{name}.json").read_text()) for name in ("recipe", "data"))
         net, _ = checkpoint.load_network(folder, ema)
         vae = load_vae(recipe["vae"]) if recipe["vae"] else None
-        if vae is not None and facts["vae_sha256"] not in (None, fingerprint(vae)):
+        if vae is not None and facts.get("vae_sha256") not in (None, fingerprint(vae)):
             raise ValueError(f"vae: {recipe['vae']} has other weights than in training")
         names = dict(enumerate(facts["classes"]))
         return MeanFlowPipeline(net, vae, recipe["objective"], names, facts.get("latents"))

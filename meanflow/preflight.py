@@ -82,6 +82,7 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
     parts = memory(recipe, net, shards)
     held = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
     classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
+    source = "random latents" if recipe.smoke and recipe.vae else recipe.data
     made_by = f" by {recipe.vae}" if recipe.vae else ""
     made_by += ", encoded at each step" if isinstance(data, EncodedImages) else ""
     begins = f"the weights of {recipe.init_from}" if recipe.init_from else "fresh weights"
@@ -90,7 +91,7 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
         f"  {name:10}{value}"
         for name, value in {
             "network": f"{recipe.model}{', cut to 2 blocks' if recipe.smoke else ''}: {parameters(net):,} parameters",
-            "data": f"{recipe.data}: {len(data):,} x {' x '.join(map(str, data.shape))}{made_by}, {classes}"
+            "data": f"{source}: {len(data):,} x {' x '.join(map(str, data.shape))}{made_by}, {classes}"
             f"{', mirrored at random' if recipe.flip else ''}",
             "batch": f"{G} = {micro_batch} x {num_processes} processes x {recipe.accumulation_steps} accumulation "
             f"steps; {num_meanflow(objective, G)} of {G} with r != t",
