@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from string import Template
 
 import torch
 
@@ -161,42 +162,23 @@ def card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str
         pipeline_tag="unconditional-image-generation",
         tags=["meanflow", "one-step", "class-conditional" if pipe.id2label else "unconditional"],
     )
-    best = pipe.config.sampling
-    kind = "A MeanFlow" if best["solver"] == "meanflow" else "A flow-matching"
-    call = f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4"
     fields = checkpoint.flatten(recipe)
     names = sorted({*fields} - checkpoint.FREE - {"init_from", "smoke"})
-    fields = {name: fields[name] for name in names if fields[name] is not None}
-    return f"""---
-{data.to_yaml()}
----
-
-# {recipe["model"]}, {"x".join(map(str, pipe.shape))}
-
-![samples](samples.png)
-
-{kind} network ([arXiv:2505.13447](https://arxiv.org/abs/2505.13447)) of {parameters(pipe.net):,} parameters, after
-{progress["step"]:,} steps of {recipe["global_batch"]} samples; its weights are averages. Classes: {len(pipe.id2label)}.
-Guidance: {guidance_in_words(MeanFlowConfig(**recipe["objective"]))}.
-The picture shows {best["num_inference_steps"]} step(s), solver {best["solver"]}, which is the default.
-
-## Use
-
-It needs `pip install diffusers timm`, and runs the code in this repository.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("THIS REPOSITORY", trust_remote_code=True)
-image = pipe({call}).images[0]
-```
-
-{measured}## Recipe
-
-```json
-{json.dumps(fields, indent=2)}
-```
-"""
+    return Template(Path(__file__).with_name("card.md").read_text()).substitute(
+        pipe.config.sampling,  # solver, num_inference_steps
+        metadata=data.to_yaml(),
+        model=recipe["model"],
+        shape="x".join(map(str, pipe.shape)),
+        kind="A MeanFlow" if pipe.config.sampling["solver"] == "meanflow" else "A flow-matching",
+        parameters=f"{parameters(pipe.net):,}",
+        steps=f"{progress['step']:,}",
+        global_batch=recipe["global_batch"],
+        num_classes=len(pipe.id2label),
+        guidance=guidance_in_words(MeanFlowConfig(**recipe["objective"])),
+        call=f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4",
+        measured=measured,
+        recipe=json.dumps({name: fields[name] for name in names if fields[name] is not None}, indent=2),
+    )
 
 
 def metrics(path: Path) -> str:
