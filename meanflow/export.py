@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 
 import torch
+from diffusers import AutoencoderKL
 
 from meanflow import checkpoint
 from meanflow.config import MeanFlowConfig
@@ -68,17 +69,14 @@ def named(place: str | Path) -> Iterator[None]:
 
 def find_checkpoint(folder: Path) -> Path:
     """A run's newest checkpoint, or the checkpoint itself."""
-    if (folder / "step.json").is_file():
-        return folder
-    if not checkpoint.checkpoints(folder):
+    found = [folder] if (folder / "step.json").is_file() else checkpoint.checkpoints(folder)
+    if not found:
         raise ValueError(f"{folder} is no run with a checkpoint, no checkpoint and no exported folder")
-    return checkpoint.checkpoints(folder)[-1]
+    return found[-1]
 
 
 def read_export(folder: Path, variant: str | None) -> MeanFlowPipeline:
     """Without running the code that lies there."""
-    from diffusers import AutoencoderKL
-
     with named(f"variant {variant} of {folder}" if variant else folder):
         index = json.loads((folder / INDEX).read_text())
         net = NETWORKS[index["net"][1]].from_pretrained(folder / "net", variant=variant, use_safetensors=True)

@@ -182,16 +182,13 @@ class EncodedImages:
 
     def __init__(self, images: ImageFiles, recipe: TrainConfig):
         if recipe.normalization == "channel":
-            raise ValueError(
-                "normalization must be scale without a latent cache, which has the statistics, got channel"
-            )
+            raise ValueError("normalization must be scale without a cache, which has the statistics, got channel")
         vae = load_vae(recipe.vae)
-        if vae.config.scaling_factor != recipe.scaling_factor:
-            there, here = vae.config.scaling_factor, recipe.scaling_factor
-            raise ValueError(f"scaling_factor must be that of {recipe.vae}, {there}, got {here}")
+        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+        if scale != recipe.scaling_factor:
+            raise ValueError(f"scaling_factor must be that of {recipe.vae}, {scale}, got {recipe.scaling_factor}")
         self.images, self.num_classes = images, images.num_classes
         self.shape = latent_shape(vae, recipe.resolution)
-        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
         self.space = LatentSpace(shift, scale, vae)
         self.facts = {**images.facts, **vae_facts(vae, recipe.vae), "normalization": recipe.normalization}
         self.facts["latents"] = {"shift": shift, "scale": scale}
