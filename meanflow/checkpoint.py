@@ -25,12 +25,7 @@ from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -47,7 +42,8 @@ FREE |= {"data", "vae", "verify", "dry_run", "resume", "activation_checkpointing
 FREE |= {"push_to_hub", "push_every", "warn_at", "halt_at", "grace_steps", "max_skipped"}
 CHECKSUMS = "checksums.json"
 OPTIMIZER = "optimizer.safetensors"
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process, wherever the shards are
+# On the main process, wherever the shards are.
+WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 PLACES = {"source", "vae", "vae_revision", "meanflow"}
 
 
@@ -62,10 +58,10 @@ def flatten(fields: dict, prefix: str = "") -> dict:
     return flat
 
 
-def different(a: dict, b: dict) -> set[str]:
-    """The fields in which two recipes differ, but for those that change no number."""
-    a, b = flatten(a), flatten(b)
-    return {name for name in {*a, *b} - FREE if a.get(name) != b.get(name)}
+def different(old: dict, new: dict, free: set[str]) -> list[tuple[str, object, object]]:
+    """Name and both values of the fields in which two flat dictionaries differ, but for those that are free to."""
+    fields = [(name, old.get(name), new.get(name)) for name in sorted({*old, *new} - free)]
+    return [(name, there, here) for name, there, here in fields if there != here]
 
 
 def check_folder(folder: Path, recipe: TrainConfig, facts: dict) -> None:
@@ -73,12 +69,12 @@ def check_folder(folder: Path, recipe: TrainConfig, facts: dict) -> None:
     diff = []
     if (folder / "recipe.json").exists():
         old, new = json.loads((folder / "recipe.json").read_text()), recipe_fields(recipe)
-        names, old, new = sorted(different(old, new)), flatten(old), flatten(new)
-        diff += [f"{name} {old.get(name)} there, {new.get(name)} here" for name in names]
+        fields = different(flatten(old), flatten(new), FREE)
+        diff += [f"{name} {there} there, {here} here" for name, there, here in fields]
     if (folder / "data.json").exists():
         old, new = json.loads((folder / "data.json").read_text()), json.loads(json.dumps(facts))
-        names = sorted(name for name in {*old, *new} - PLACES if old.get(name) != new.get(name))
-        diff += [f"the data's {name} {short(old.get(name))} there, {short(new.get(name))} here" for name in names]
+        fields = different(old, new, PLACES)
+        diff += [f"the data's {name} {short(there)} there, {short(here)} here" for name, there, here in fields]
     if diff:
         raise ValueError(f"{folder} belongs to another recipe ({', '.join(diff)}): choose another --out, or remove it")
 
@@ -125,7 +121,7 @@ def save(
                 (temporary / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n")
 
     def save_network(source: Module, place: str) -> None:
-        weights = get_model_state_dict(source, options=WHOLE)  # by all processes
+        weights = state_dict.get_model_state_dict(source, options=WHOLE)  # by all processes
         if accelerator.is_main_process:
             with torch.device("meta"):
                 whole = type(net).from_config(net.config)
@@ -165,7 +161,7 @@ def save(
 
 def moments(net: Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimiser's tensors as WEIGHT.exp_avg and the like, on the main process. By all processes."""
-    state = get_optimizer_state_dict(net, optimizer, options=WHOLE).get("state", {})
+    state = state_dict.get_optimizer_state_dict(net, optimizer, options=WHOLE).get("state", {})
     return {f"{weight}.{name}": value for weight, values in state.items() for name, value in values.items()}
 
 
@@ -191,12 +187,10 @@ def choose(recipe: TrainConfig) -> Path | None:
         ValueError: recipe.resume cannot be followed.
     """
     newest = checkpoints(recipe.out)[-1] if checkpoints(recipe.out) else None
-    if recipe.resume == "auto":
+    if recipe.resume == "never" and newest:
+        raise ValueError(f"resume is never, but {recipe.out} has checkpoints: choose another --out")
+    if recipe.resume in ("auto", "never"):
         return newest
-    if recipe.resume == "never":
-        if newest:
-            raise ValueError(f"resume is never, but {recipe.out} has checkpoints: choose another --out")
-        return None
     folder = Path(recipe.resume).expanduser()
     if not (folder / "step.json").is_file():
         raise ValueError(f"resume must be auto, never or the folder of a checkpoint, got {recipe.resume}")
@@ -236,13 +230,13 @@ def load_networks(folder: Path, net: ModelMixin, averages: Averages) -> None:
 
 def load_moments(folder: Path, net: Module, optimizer: Optimizer) -> None:
     """Restores the optimiser, after the weights are sharded, or not."""
-    options = StateDictOptions(full_state_dict=True)
-    values = get_optimizer_state_dict(net, optimizer)
+    values = state_dict.get_optimizer_state_dict(net, optimizer)
     values["state"] = defaultdict(dict)
     for key, value in load_file(folder / OPTIMIZER).items():
         weight, name = key.rsplit(".", 1)
         values["state"][weight][name] = value
-    set_optimizer_state_dict(net, optimizer, values, options=options)
+    options = state_dict.StateDictOptions(full_state_dict=True)
+    state_dict.set_optimizer_state_dict(net, optimizer, values, options=options)
 
 
 def go_back(out: Path, folder: Path) -> None:

@@ -47,13 +47,15 @@ class Images:
     """Images or volumes in memory.
 
     Args:
-        x: (N, C, *S), pixels in [-1, 1]; of volumes any numbers.
+        x: (N, C, *S), pixels in [-1, 1], latents in model units, or volumes.
         y: classes in [0, num_classes), (N,) int64; None without classes.
+        latents: the shift and scale of latents, for a sampler.
     """
 
     x: Tensor
     y: Tensor | None
     num_classes: int
+    latents: dict | None = None
 
     def __post_init__(self) -> None:
         if self.y is not None and not (0 <= self.y.min() and self.y.max() < self.num_classes):
@@ -65,7 +67,7 @@ class Images:
 
     @property
     def facts(self) -> dict:
-        return {"count": len(self), "classes": [str(label) for label in range(self.num_classes)]}
+        return {"count": len(self), "classes": list(map(str, range(self.num_classes))), "latents": self.latents}
 
     def __len__(self) -> int:
         return len(self.x)
@@ -115,6 +117,8 @@ def load_data(recipe: TrainConfig) -> Data:
 
 def open_data(recipe: TrainConfig) -> Data:
     folder = Path(recipe.data).expanduser()
+    if recipe.smoke and recipe.vae:
+        return random_latents(recipe)
     if recipe.data != "digits" and recipe.subset:
         raise ValueError(f"subset is for digits, got data {recipe.data}")
     if recipe.data == "digits":
@@ -151,6 +155,14 @@ def channel_weights(objective: MeanFlowConfig, data: Data) -> tuple[float, ...] 
     if not (variance > 0).all():
         raise ValueError(f"channel_weights: a channel of {data.facts.get('source')} is constant, variances {variance}")
     return tuple((1 / variance).tolist())
+
+
+def random_latents(recipe: TrainConfig) -> Images:
+    """A smoke test's data: 256 latents as Stable Diffusion's VAE shapes them, of 1,000 classes."""
+    size, random = recipe.resolution // 8, torch.Generator().manual_seed(0)
+    x = torch.randn(256, 4, size, size, generator=random)
+    y = torch.randint(1000, (256,), generator=random)
+    return Images(x, y, num_classes=1000, latents={"shift": 0.0, "scale": recipe.scaling_factor})
 
 
 def subset(images: Images, size: tuple[int, int]) -> Images:

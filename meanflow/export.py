@@ -5,8 +5,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from string import Template
 
 import torch
+from diffusers import AutoencoderKL
 
 from meanflow import checkpoint
 from meanflow.config import MeanFlowConfig
@@ -45,7 +47,7 @@ def load_pipeline(
         recipe, facts = (json.loads((folder / f"{name}.json").read_text()) for name in ("recipe", "data"))
         net, _ = checkpoint.load_network(folder, ema)
         vae = load_vae(recipe["vae"]) if recipe["vae"] else None
-        if vae is not None and facts["vae_sha256"] not in (None, fingerprint(vae)):
+        if vae is not None and facts.get("vae_sha256") not in (None, fingerprint(vae)):
             raise ValueError(f"vae: {recipe['vae']} has other weights than in training")
         names = dict(enumerate(facts["classes"]))
         return MeanFlowPipeline(net, vae, recipe["objective"], names, facts.get("latents"))
@@ -66,17 +68,14 @@ def named(place: str | Path) -> Iterator[None]:
 
 def find_checkpoint(folder: Path) -> Path:
     """A run's newest checkpoint, or the checkpoint itself."""
-    if (folder / "step.json").is_file():
-        return folder
-    if not checkpoint.checkpoints(folder):
+    found = [folder] if (folder / "step.json").is_file() else checkpoint.checkpoints(folder)
+    if not found:
         raise ValueError(f"{folder} is no run with a checkpoint, no checkpoint and no exported folder")
-    return checkpoint.checkpoints(folder)[-1]
+    return found[-1]
 
 
 def read_export(folder: Path, variant: str | None) -> MeanFlowPipeline:
     """Without running the code that lies there."""
-    from diffusers import AutoencoderKL
-
     with named(f"variant {variant} of {folder}" if variant else folder):
         index = json.loads((folder / INDEX).read_text())
         net = NETWORKS[index["net"][1]].from_pretrained(folder / "net", variant=variant, use_safetensors=True)
@@ -160,42 +159,23 @@ def card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str
         pipeline_tag="unconditional-image-generation",
         tags=["meanflow", "one-step", "class-conditional" if pipe.id2label else "unconditional"],
     )
-    best = pipe.config.sampling
-    kind = "A MeanFlow" if best["solver"] == "meanflow" else "A flow-matching"
-    call = f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4"
     fields = checkpoint.flatten(recipe)
     names = sorted({*fields} - checkpoint.FREE - {"init_from", "smoke"})
-    fields = {name: fields[name] for name in names if fields[name] is not None}
-    return f"""---
-{data.to_yaml()}
----
-
-# {recipe["model"]}, {"x".join(map(str, pipe.shape))}
-
-![samples](samples.png)
-
-{kind} network ([arXiv:2505.13447](https://arxiv.org/abs/2505.13447)) of {parameters(pipe.net):,} parameters, after
-{progress["step"]:,} steps of {recipe["global_batch"]} samples; its weights are averages. Classes: {len(pipe.id2label)}.
-Guidance: {guidance_in_words(MeanFlowConfig(**recipe["objective"]))}.
-The picture shows {best["num_inference_steps"]} step(s), solver {best["solver"]}, which is the default.
-
-## Use
-
-It needs `pip install diffusers timm`, and runs the code in this repository.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("THIS REPOSITORY", trust_remote_code=True)
-image = pipe({call}).images[0]
-```
-
-{measured}## Recipe
-
-```json
-{json.dumps(fields, indent=2)}
-```
-"""
+    return Template(Path(__file__).with_name("card.md").read_text()).substitute(
+        pipe.config.sampling,  # solver, num_inference_steps
+        metadata=data.to_yaml(),
+        model=recipe["model"],
+        shape="x".join(map(str, pipe.shape)),
+        kind="A MeanFlow" if pipe.config.sampling["solver"] == "meanflow" else "A flow-matching",
+        parameters=f"{parameters(pipe.net):,}",
+        steps=f"{progress['step']:,}",
+        global_batch=recipe["global_batch"],
+        num_classes=len(pipe.id2label),
+        guidance=guidance_in_words(MeanFlowConfig(**recipe["objective"])),
+        call=f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4",
+        measured=measured,
+        recipe=json.dumps({name: fields[name] for name in names if fields[name] is not None}, indent=2),
+    )
 
 
 def metrics(path: Path) -> str:

@@ -88,9 +88,8 @@ class Pusher:
             print(f"{self.recipe.push_to_hub}: a push failed, {fault}", file=sys.stderr)
         try:
             self.clear()
-            shutil.copytree(
-                source, self.links, copy_function=link, ignore=shutil.ignore_patterns("model", "optimizer*")
-            )
+            unread = shutil.ignore_patterns("model", "optimizer*")
+            shutil.copytree(source, self.links, copy_function=link, ignore=unread)
             alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
             command = [sys.executable, "-m", "meanflow.hub", str(self.links), self.recipe.push_to_hub]
             with self.log.open("a") as log:

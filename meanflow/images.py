@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from meanflow.files import first_line
+
 CROP = "ADM centre crop"
 
 
@@ -45,8 +47,6 @@ def open_source(source: str, split: str):
     try:
         if (path / "dataset_dict.json").exists():
             return datasets.load_from_disk(str(path))[split]
-        if (path / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(path))[split]
         if (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
         if path.is_file():
@@ -59,8 +59,7 @@ def open_source(source: str, split: str):
             return datasets.load_dataset(str(path), data_files={"train": "**"}, split="train")
         return datasets.load_dataset(source, split=split)
     except Exception as error:  # of many kinds: nothing there, no such split, a damaged file
-        error = error.__cause__ or error
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise ValueError(f"{source}: datasets cannot open it: {reason}") from None
 
 
@@ -86,15 +85,14 @@ class ImageFiles:
         rows = open_source(source, split)
         if not len(rows):
             raise ValueError(f"{source} is empty")
-        kinds = {name: kind for name, kind in rows.features.items()}
+        kinds = rows.features
         image = next((name for name, kind in kinds.items() if isinstance(kind, datasets.Image)), None)
         if image is None:
             raise ValueError(f"{source} has no column of images, only {', '.join(kinds)}")
         label = next((name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), None)
         label = label or ("label" if "label" in kinds else None)
         self.files = rows.select_columns(image).cast_column(image, datasets.Image(decode=False)).with_format(None)
-        self.column = image
-        self.classes, self.labels = [], None
+        self.column, self.classes, self.labels = image, [], None
         if label is not None:
             labels = rows.with_format(None)[label][:]
             if any(value is None for value in labels):
@@ -108,8 +106,7 @@ class ImageFiles:
             wrong = ((self.labels < 0) | (self.labels >= len(self.classes))).nonzero()
             if len(wrong):
                 row = int(wrong[0])
-                allowed = f"in [0, {len(self.classes)})"
-                raise ValueError(f"{self.name(row)}: its label must be {allowed}, got {self.labels[row]}")
+                raise ValueError(f"{self.name(row)}: its label must be in [0, {len(self.classes)}), got {labels[row]}")
         self.num_classes = len(self.classes)
         self.facts = {"source": source, "split": split, "resolution": size, "classes": self.classes}
         self.facts |= {"transform": CROP if crop else None, "count": len(rows)}

@@ -52,7 +52,7 @@ def total_steps(recipe: TrainConfig, data: Data) -> int:
 
 def memory(recipe: TrainConfig, net: ModelMixin, shards: int = 1) -> dict[str, int]:
     """Bytes that a process holds between steps, activations aside; all is float32."""
-    weights = sum(p.numel() * 4 for p in net.parameters()) // shards
+    weights = 4 * parameters(net) // shards
     return {"weights": weights, "gradients": weights, "Adam": 2 * weights, "averages": weights * len(recipe.ema_decay)}
 
 
@@ -98,26 +98,25 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
     parts = memory(recipe, net, shards)
     held = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
     classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
+    source = "random latents" if recipe.smoke and recipe.vae else recipe.data
     made_by = f" by {recipe.vae}" if recipe.vae else ""
     made_by += ", encoded at each step" if isinstance(data, EncodedImages) else ""
     begins = f"the weights of {recipe.init_from}" if recipe.init_from else "fresh weights"
     resumes = f"after step {saved_step(start):,}, from {start}" if start else f"nothing: from {begins}"
-    return "\n".join(
-        f"  {name:10}{value}"
-        for name, value in {
-            "network": f"{recipe.model}{', made small' if recipe.smoke else ''}: {parameters(net):,} parameters",
-            "data": f"{recipe.data}: {len(data):,} x {' x '.join(map(str, data.shape))}{made_by}, {classes}"
-            f"{', mirrored at random' if recipe.flip else ''}",
-            "batch": f"{G} = {micro_batch} x {num_processes} processes x {recipe.accumulation_steps} accumulation "
-            f"steps; {num_meanflow(objective, G)} of {G} with r != t",
-            "length": f"{total:,} steps = {total * G / len(data):,.6g} epochs",
-            "guidance": guidance_in_words(objective),
-            "memory": f"{gib(sum(parts.values()))} a process: {held}; activations come on top"
-            f"{' and the weights of two blocks' if shards > 1 else ''}",
-            "disk": f"a checkpoint {gib(size)}, at most {at_once} at once; {gib(free)} free in {recipe.out}",
-            "resumes": resumes,
-        }.items()
-    )
+    lines = {
+        "network": f"{recipe.model}{', made small' if recipe.smoke else ''}: {parameters(net):,} parameters",
+        "data": f"{source}: {len(data):,} x {' x '.join(map(str, data.shape))}{made_by}, {classes}"
+        f"{', mirrored at random' if recipe.flip else ''}",
+        "batch": f"{G} = {micro_batch} x {num_processes} processes x {recipe.accumulation_steps} accumulation "
+        f"steps; {num_meanflow(objective, G)} of {G} with r != t",
+        "length": f"{total:,} steps = {total * G / len(data):,.6g} epochs",
+        "guidance": guidance_in_words(objective),
+        "memory": f"{gib(sum(parts.values()))} a process: {held}; activations come on top"
+        f"{' and the weights of two blocks' if shards > 1 else ''}",
+        "disk": f"a checkpoint {gib(size)}, at most {at_once} at once; {gib(free)} free in {recipe.out}",
+        "resumes": resumes,
+    }
+    return "\n".join(f"  {name:10}{value}" for name, value in lines.items())
 
 
 def parameters(net: ModelMixin) -> int:

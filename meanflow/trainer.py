@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from meanflow.files import first_line, write_whole
 from meanflow.guard import Guard, Stop
 from meanflow.hub import Pusher
 from meanflow.jvp import support_fsdp2
-from meanflow.latents import EncodedImages, Latents, verify, write_random
+from meanflow.latents import EncodedImages, Latents, verify
 from meanflow.noise import generator, noise, stream_seed
 from meanflow.objective import MeanFlow, average_velocity
 from meanflow.pictures import save_curves, save_grid
@@ -61,8 +60,6 @@ class Trainer:
         elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
             raise ValueError("FSDP was asked for, but Accelerate shards on several GPUs alone: use another config")
         set_seed(recipe.seed)
-        if recipe.smoke and recipe.vae:
-            recipe = self.recipe = self.with_random_latents(recipe)
         self.data = load_data(recipe)
         self.total = total_steps(recipe, self.data)
         self.accelerator.print(preflight(recipe, self.data, self.accelerator.num_processes))
@@ -97,14 +94,6 @@ class Trainer:
         error = checkpoint.together(self.accelerator, part if self.accelerator.is_main_process else lambda: None)
         if error is not None:
             raise ValueError(error)
-
-    def with_random_latents(self, recipe: TrainConfig) -> TrainConfig:
-        """The smoke test's recipe, on 256 random latents of the recipe's shape, in its own folder."""
-        recipe = replace(recipe, data=str(recipe.out / "latents"))
-        if self.accelerator.is_main_process:
-            write_random(recipe.out / "latents", 256, recipe.vae, recipe.scaling_factor, recipe.resolution)
-        self.accelerator.wait_for_everyone()
-        return recipe
 
     def verify_latents(self) -> None:
         """Reads the cache's shards once, a share on each process of a machine, so that no damage stops a run later."""

@@ -1,20 +1,15 @@
 """The autoencoder between images and latents: diffusers' AutoencoderKL, never trained here."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from meanflow.files import first_line
 from meanflow.hub import fetch
-
-if TYPE_CHECKING:  # imported where it is needed, since that takes seconds
-    from diffusers import AutoencoderKL
 
 
 def load_vae(name: str) -> AutoencoderKL:
@@ -23,8 +18,6 @@ def load_vae(name: str) -> AutoencoderKL:
     Raises:
         ValueError: it is no AutoencoderKL, or cannot be had.
     """
-    from diffusers import AutoencoderKL
-
     try:
         folder = fetch(name)
     except ValueError as error:
@@ -69,10 +62,10 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 
 def vae_facts(vae: AutoencoderKL, name: str) -> dict:
     """What a cache notes of its VAE. The revision is the Hub's commit, None of a folder."""
-    local = Path(name).expanduser().exists()
     return {
         "vae": name,
-        "vae_revision": None if local else fetch(name).name,  # a snapshot's folder has the commit's name
+        # A snapshot's folder has the commit's name.
+        "vae_revision": None if Path(name).expanduser().exists() else fetch(name).name,
         "vae_sha256": fingerprint(vae),
         "scaling_factor": vae.config.scaling_factor,
         "shift_factor": vae.config.shift_factor,

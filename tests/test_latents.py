@@ -14,9 +14,9 @@ from conftest import save_vae
 
 from meanflow.config import TrainConfig
 from meanflow.data import load_data, make_loader
-from meanflow.latents import Latents, claim_cache, finish, is_finished, read_facts, verify, write_shard
+from meanflow.latents import Latents, read_facts, verify
 from meanflow.vae import load_vae
-from tools.cache_latents import Options, cache
+from tools.cache_latents import Options, cache, claim_cache, finish, is_finished, write_shard
 
 SHAPE = (2, 2, 3, 4, 4)  # flips, mean and standard deviation, C, H, W
 CLASSES = ["cat", "dog", "eel"]

@@ -171,10 +171,8 @@ class KeyedDropout(nn.Dropout):
     def forward(self, x):
         if not self.training:
             return x
-        seeds = [hash((self.key, row)) for row in self.rows] if len(self.rows) else []
-        masks = [
-            torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(seed % 2**31)) > self.p for seed in seeds
-        ]
+        generators = (torch.Generator().manual_seed(1000 * self.key + row) for row in self.rows)
+        masks = [torch.rand(x.shape[1:], generator=generator) > self.p for generator in generators]
         return x * (torch.stack(masks).to(x.dtype) / (1 - self.p))
 
 

@@ -11,9 +11,10 @@ import torch
 
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.data import Images, load_data
-from meanflow.latents import Latents, write_random
+from meanflow.latents import Latents
 from meanflow.preflight import checkpoint_bytes, gib, make_net, memory, parameters, preflight
 from meanflow.trainer import Trainer
+from tools.cache_latents import write_random
 
 ROOT = Path(__file__).parents[1]
 

@@ -118,11 +118,10 @@ def test_smoke_test_trains_the_very_recipe(recipe, tool, tmp_path):
     shown = tool(f"recipes/{recipe}", *flags)
     out = tmp_path / "run-smoke"
     assert "made small" in shown and "4 of 16 with r != t" in shown
+    assert "random latents: 256 x 4 x 32 x 32 by stabilityai/sd-vae-ft-mse, 1000 classes" in shown
     assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]
     assert (out / "samples/step-00000004.png").exists()
     last = out / "step-00000004"
-    facts = json.loads((last / "data.json").read_text())
-    assert facts["vae"] == "stabilityai/sd-vae-ft-mse" and facts["scaling_factor"] == 0.18215
     net, config = checkpoint.load_network(last)
     assert net.config.in_channels == 4 and config.omega > 0
     if recipe != "imagenet_ditxl":

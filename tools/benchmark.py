@@ -270,12 +270,13 @@ def data(options: Data) -> list[dict]:
 
     import lmdb
     import torch
+    from cache_latents import write_random  # beside this file
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
     from tqdm import tqdm
 
     from meanflow.config import MeanFlowConfig, TrainConfig
     from meanflow.data import SlotData
-    from meanflow.latents import Latents, write_random
+    from meanflow.latents import Latents
     from meanflow.time import order_slots
 
     if options.count % options.batch:
