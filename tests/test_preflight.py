@@ -154,6 +154,6 @@ def test_dry_run_prints_the_screen_and_leaves_nothing(latents, tmp_path):
 
 def test_the_screen_counts_the_networks_parameters(latents):
     recipe = replace(recipe_of("imagenet_ditb4"), data=str(latents), smoke=True)
-    assert f"cut to 2 blocks: {parameters(make_net(recipe, Latents(latents, recipe))):,}" in preflight(
+    assert f"made small: {parameters(make_net(recipe, Latents(latents, recipe))):,}" in preflight(
         recipe, load_data(recipe), 1
     )
