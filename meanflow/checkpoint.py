@@ -33,7 +33,7 @@ from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.ema import Averages
 from meanflow.files import checksum, first_line, sync, write_whole
 from meanflow.hub import fetch
-from models import MODELS
+from models import NETWORKS
 
 # What may differ between a run and its resumption, since it changes no number (accumulation: rounding alone). Where the
 # data and the VAE lie is free, too: what they are is compared.
@@ -290,6 +290,7 @@ def load_network(folder: Path, decay: float | None = None) -> tuple[ModelMixin, 
     if decay not in recipe["ema_decay"]:
         raise ValueError(f"ema must be one of {', '.join(map(str, recipe['ema_decay']))} for {folder}, got {decay}")
     verify(folder, f"ema/{decay}/")
-    net = MODELS[recipe["model"]].func.from_pretrained(folder / "ema" / str(decay))
+    average = folder / "ema" / str(decay)
+    net = NETWORKS[json.loads((average / "config.json").read_text())["_class_name"]].from_pretrained(average)
     objective = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe["objective"].items()}
     return net.eval(), MeanFlowConfig(**objective)

@@ -117,6 +117,8 @@ class SharedPrimal(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is F.dropout and (product := as_product(*args, **kwargs)):
+            func, args, kwargs = Tensor.mul, product, {}
         dropout = func is F.scaled_dot_product_attention and (args[4:5] or (kwargs.get("dropout_p"),))[0]
         if dropout or runs_once(func.__name__) or kwargs.get("inplace"):
             with sdpa_kernel(SDPBackend.MATH) if "attention" in func.__name__ else nullcontext():
@@ -142,6 +144,11 @@ class SharedPrimal(TorchFunctionMode):
         if isinstance(out, Tensor):
             return join(out, tangent)
         return type(out)([join(p, d) for p, d in zip(out, tangent)])
+
+
+def as_product(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> tuple | None:
+    """Dropout's factors: so that a network and its derivative have one mask. None where it does nothing."""
+    return (input, F.dropout(torch.ones_like(input), p)) if training and p else None
 
 
 ONCE = {"bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softmax", "multi_head_attention_forward"}

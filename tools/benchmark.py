@@ -4,6 +4,7 @@ what sampling costs over the bare network.
     python tools/benchmark.py step
     python tools/benchmark.py data
     python tools/benchmark.py sample
+    python tools/benchmark.py step --model UNet-cifar --input-size 32 --channels 3 --batch 4 --ratio 0.75 0.25
     python tools/benchmark.py step --model DiT-B/4 --input-size 32 --batch 64 --dtype bf16 --device cuda --json out.json
 
 FLOPs and bytes are exact counts, time is the median of interleaved repeats. Bytes are those alive for the backward once
@@ -34,7 +35,8 @@ class Step:
     num_heads: int = 6
     patch_size: int = 2
     input_size: int = 16
-    """height and width of the latents, with 4 channels"""
+    """height and width of what comes in"""
+    channels: int = 4
     batch: int = 32
     ratio: tuple[float, ...] = (0.25, 1.0)
     """shares of r != t samples"""
@@ -73,7 +75,8 @@ class Sample:
     num_heads: int = 6
     patch_size: int = 2
     input_size: int = 16
-    """height and width of the latents, with 4 channels"""
+    """height and width of what comes in"""
+    channels: int = 4
     batch: tuple[int, ...] = (8, 64)
     """images at a time"""
     vae: str | None = None
@@ -101,9 +104,9 @@ def build(options: Step | Sample):
     torch.manual_seed(0)
     if options.model == "custom":
         sizes = {name: getattr(options, name) for name in ("hidden_size", "depth", "num_heads", "patch_size")}
-        net = DiT(input_size=options.input_size, in_channels=4, **sizes)
+        net = DiT(input_size=options.input_size, in_channels=options.channels, **sizes)
     else:
-        net = MODELS[options.model](input_size=options.input_size, in_channels=4)
+        net = MODELS[options.model](input_size=options.input_size, in_channels=options.channels)
     return net.to(options.device)
 
 
@@ -115,9 +118,10 @@ def steps(options: Step, net) -> dict[str, Callable]:
     from meanflow.objective import MeanFlow, MeanFlowConfig, adaptive_weight
     from meanflow.time import make_draws, order_slots
 
-    shape, ways = (4, options.input_size, options.input_size), {}
+    shape, ways = net.z_shape, {}
     x = torch.randn(options.batch, *shape).to(options.device)
-    y = torch.randint(net.config.num_classes, (options.batch,)).to(options.device)
+    labels = torch.randint(max(1, net.config.num_classes), (options.batch,)).to(options.device)
+    y = labels if net.config.num_classes else None
 
     def draws(config):
         slots = order_slots(config, range(options.batch), options.batch)
@@ -218,11 +222,12 @@ def sampling(options: Sample) -> list[dict]:
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for batch in options.batch:
-        e, y = torch.randn(batch, *pipe.shape).to(options.device), [k % net.config.num_classes for k in range(batch)]
-        t, labels = torch.ones(batch).to(options.device), torch.tensor(y).to(options.device)
+        e, classes = torch.randn(batch, *pipe.shape).to(options.device), net.config.num_classes
+        y = [k % classes for k in range(batch)] if classes else None
+        t, labels = torch.ones(batch).to(options.device), torch.tensor(y).to(options.device) if classes else None
         ways = {
             "the bare forward": lambda e=e, t=t, labels=labels: net(e.to(net.dtype), t, t, labels),
-            "one step": lambda e=e, y=y: pipe(y, latents=e, output_type="latent"),
+            "one step": lambda e=e, y=y: pipe(y, len(e), latents=e, output_type="latent"),
         }
         if vae:
             ways["one step, decoded"] = lambda e=e, y=y: pipe(y, latents=e, output_type="pt")

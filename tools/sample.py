@@ -1,4 +1,4 @@
-"""Samples images from a run, a checkpoint, an exported folder or a Hub id.
+"""Samples images or volumes from a run, a checkpoint, an exported folder or a Hub id.
 
     python tools/sample.py runs/digits --classes 3 7 --out grid.png
     python tools/sample.py user/ditxl --classes "golden retriever" 360 --num-images 8 --out images/
@@ -27,7 +27,8 @@ class Options:
     """a run (its newest checkpoint), a checkpoint, a folder of tools/export.py, or a Hub id"""
     out: Path = Path("samples.png")
     """x.png: one picture, a column a class; a folder: a PNG an image; x.npz: arr_0, uint8 (N, H, W, C), as ADM's
-    evaluation takes it, written as it comes"""
+    evaluation takes it, written as it comes. Volumes: a folder gets a .npy file each, (C, D, H, W), and slices.png, the
+    middle slices of the first; x.png: these slices of all"""
     classes: tuple[str, ...] = ()
     """names or indices; image k has the class k modulo their number; default: all classes in turn"""
     num_images: int | None = None
@@ -86,13 +87,19 @@ def npz(path: Path, count: int) -> Iterator:
 
 @contextmanager
 def folder(path: Path, count: int) -> Iterator:
-    """A PNG an image: 000000.png ..."""
+    """A PNG an image: 000000.png ...; a .npy a volume."""
+    import numpy as np
     from PIL import Image
 
     path.mkdir(parents=True, exist_ok=True)
 
     def write(images, first: int) -> None:
+        if images.ndim == 5 and first == 0:
+            picture(images[:16], path / "slices.png", 1)
         for number, image in enumerate(images, start=first):
+            if images.ndim == 5:
+                np.save(path / f"{number:06d}.npy", image)
+                continue
             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(path / f"{number:06d}.png")
 
     yield write
@@ -100,13 +107,20 @@ def folder(path: Path, count: int) -> Iterator:
 
 @contextmanager
 def grid(path: Path, count: int, columns: int) -> Iterator:
-    import torch
-
-    from meanflow.pictures import save_grid
+    import numpy as np
 
     parts = []
-    yield lambda images, first: parts.append(torch.from_numpy(images))
-    save_grid(torch.cat(parts).permute(0, 3, 1, 2) / 127.5 - 1, path, columns)
+    yield lambda images, first: parts.append(images)
+    picture(np.concatenate(parts), path, columns)
+
+
+def picture(images, path: Path, columns: int) -> None:
+    import torch
+
+    from meanflow.pictures import middle_slices, save_grid
+
+    x = torch.from_numpy(images)
+    save_grid(middle_slices(x) if x.ndim == 5 else x.permute(0, 3, 1, 2) / 127.5 - 1, path, columns)
 
 
 def check_writable(out: Path, is_folder: bool) -> None:
@@ -147,6 +161,9 @@ def main(options: Options) -> None:
     pipe = load_pipeline(options.checkpoint, options.ema, options.variant, options.revision)
     solver = options.solver or pipe.config.sampling["solver"]
     pipe.check_choice(solver, options.cfg_scale)
+    volumes = len(pipe.shape) == 4
+    if volumes and options.out.suffix == ".npz":
+        raise ValueError(f"out must be a folder or x.png for volumes, got {options.out}")
     if options.classes and not pipe.net.config.num_classes:
         raise ValueError("classes are for networks with classes, and this one has none: leave them out")
     classes = pipe.class_ids(options.classes) if options.classes else list(range(pipe.net.config.num_classes))
@@ -160,10 +177,10 @@ def main(options: Options) -> None:
         y = [classes[index % len(classes)] for index in indices] if classes else None
         how = {"num_inference_steps": steps, "guidance_scale": options.cfg_scale, "solver": solver}
         images = pipe(y, len(indices), latents=pipe.noise(options.seed, indices), output_type="np", **how).images
-        return (images * 255).round().astype("uint8")
+        return images if volumes else (images * 255).round().astype("uint8")
 
     writer = {".png": grid, ".npz": npz}.get(options.out.suffix, folder)
-    columns = [len(classes) if 1 < len(classes) <= 16 else 8] if writer is grid else []
+    columns = [1 if volumes else len(classes) if 1 < len(classes) <= 16 else 8] if writer is grid else []
     bar = tqdm(total=count, unit="image", disable=not accelerator.is_main_process)
     start = time.perf_counter()
     with writer(options.out, count, *columns) if accelerator.is_main_process or is_folder else nullcontext() as write:
@@ -181,8 +198,9 @@ def main(options: Options) -> None:
     accelerator.wait_for_everyone()
     bar.close()
     rate = count / (time.perf_counter() - start)
+    what = "volumes" if volumes else "images"
     name = f"{solver}, {steps} step{'s' if steps > 1 else ''}"
-    accelerator.print(f"{options.out}: {count} images, {name}, {rate:.3g} images/s")
+    accelerator.print(f"{options.out}: {count} {what}, {name}, {rate:.3g} {what}/s")
     accelerator.end_training()
 
 

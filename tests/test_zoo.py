@@ -1,0 +1,114 @@
+"""Every network on the same path: training, resuming, exporting, sampling, the Hub."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from meanflow.checkpoint import checkpoints
+from meanflow.config import MeanFlowConfig, TrainConfig
+from meanflow.export import load_pipeline
+from meanflow.trainer import Trainer, read_log
+
+RECIPES = {
+    "UNet-digits": {"net": {"block_out_channels": (16, 16), "dropout": 0.2}},
+    "UNet-cifar": {
+        "net": {"model_channels": 16, "num_blocks": 1, "channel_mult": (1, 1), "augment_dim": 6, "dropout": 0.2},
+        "augment": 0.5,
+        "objective": MeanFlowConfig(0.75, kappa=0.5),
+    },
+    "DiT-XS/4": {"data": "shapes", "objective": MeanFlowConfig(prediction="x", channel_weights="inverse-variance")},
+}
+
+
+def train(recipe: TrainConfig) -> None:
+    Trainer(recipe).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("model", RECIPES)
+def test_network_trains_resumes_bit_for_bit_and_is_sampled_the_same_from_everywhere(model, hub, tool, tmp_path):
+    """With dropout, whose masks a resumed run draws again."""
+    options = {"model": model, "steps": 4, "global_batch": 8, "checkpoint_every": 2, "ema_decay": (0.5,), "lr": 1e-2}
+    recipe = TrainConfig(out=tmp_path / "run", **{**options, **RECIPES[model]})
+    train(recipe)
+    last = checkpoints(recipe.out)[-1]
+    before = {path: load_file(path) for path in last.rglob("*.safetensors")}
+    assert len(before) == 3
+    last.rename(tmp_path / "moved")
+    train(recipe)
+    for path, values in before.items():
+        again = load_file(path)
+        assert all(torch.equal(again[name], value) for name, value in values.items()), path
+
+    volumes = recipe.data == "shapes"
+    name = "out" if volumes else "out.npz"
+    tool("push_to_hub", recipe.out, "user/net")
+    for number, source in enumerate((recipe.out, last, recipe.out / "pipeline", "user/net")):
+        tool("sample", source, "--num-images", 4, "--seed", 3, "--out", tmp_path / f"{number}{name}")
+    pipe = DiffusionPipeline.from_pretrained(recipe.out / "pipeline", trust_remote_code=True)
+    assert "models" not in type(pipe.net).__module__
+    y = None if volumes else [0, 1, 2, 3]
+    images = pipe(y, 4, latents=pipe.noise(3, range(4)), output_type="np").images
+    if volumes:
+        assert images.shape == (4, 4, 16, 16, 16) and images.dtype == np.float32
+        for number in range(4):
+            for k in range(4):
+                np.testing.assert_allclose(
+                    np.load(tmp_path / f"{number}out/{k:06d}.npy"), images[k], rtol=1e-5, atol=1e-5
+                )
+        assert (tmp_path / "0out/slices.png").exists()
+        tool("sample", recipe.out, "--num-images", 3, "--out", tmp_path / "slices.png")
+        assert "out must be a folder or x.png for volumes" in tool("sample", recipe.out, "--out", tmp_path / "x.npz")
+        return
+    assert images.shape == (4, 8, 8, 1)
+    for number in range(4):
+        assert (np.load(tmp_path / f"{number}{name}")["arr_0"] == (images * 255).round().astype(np.uint8)).all()
+
+
+@pytest.mark.parametrize("model", RECIPES)
+def test_checkpointed_activations_train_the_same_network(model, tmp_path):
+    """Not resumed from: with dropout, two forwards and a recomputation have to draw the same masks."""
+    options = {"model": model, "steps": 2, "global_batch": 8, "ema_decay": (0.5,), "lr": 1e-2}
+    recipe = TrainConfig(out=tmp_path / "kept", **{**options, **RECIPES[model]})
+    train(recipe)
+    train(replace(recipe, out=tmp_path / "again", activation_checkpointing=True))
+    a, b = (load_pipeline(tmp_path / name).net.state_dict() for name in ("kept", "again"))
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"net": {"width": 3}}, "net: UNet-digits cannot be made of .*'width': 3.*: .*unexpected keyword argument"),
+        ({"augment": 0.1}, "net.augment_dim must be 6 with augment 0.1, got None"),
+        ({"augment": 2.0}, r"augment must be in \[0, 1\], got 2.0"),
+        ({"data": "shapes", "augment": 0.1}, "augment is for square images in pixels"),
+        ({"resolution": 9}, "cannot be halved"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_run(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Trainer(TrainConfig(**{"out": tmp_path / "run", "model": "UNet-digits", "steps": 1, **changes}))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_classes_can_be_left_out(tmp_path):
+    recipe = TrainConfig(out=tmp_path / "run", model="UNet-digits", steps=1, global_batch=8, class_conditional=False)
+    train(recipe)
+    pipe = load_pipeline(recipe.out)
+    assert pipe.net.config.num_classes == 0 and pipe.id2label == {}
+    assert pipe(batch_size=2, output_type="pt").images.shape == (2, 1, 8, 8)
+
+
+def test_log_has_every_channels_loss(tmp_path):
+    recipe = TrainConfig(out=tmp_path / "run", steps=1, global_batch=8, data="shapes", model="DiT-XS/8", log_every=1)
+    train(recipe)
+    line = read_log(recipe.out / "log.jsonl")[-1]
+    assert len(line["raw_loss_channels"]) == 4
+    assert sum(line["raw_loss_channels"]) == pytest.approx(line["raw_loss"], rel=1e-5)
