@@ -79,5 +79,5 @@ def shapes(count: int = 512, side: int = 16) -> Tensor:
     centre = torch.rand(count, 4, 3, 1, 1, 1, generator=random) - 0.5
     radius = 0.3 + 0.4 * torch.rand(count, 4, 1, 1, 1, generator=random)
     balls = torch.sigmoid(6 * (1 - (grid - centre).norm(dim=2) / radius))
-    shift, scale = (torch.tensor(values).view(-1, 1, 1, 1) for values in ([0.0, 0.5, 0.2, -0.3], [1.0, 3.0, 0.5, 2.0]))
+    shift, scale = (torch.tensor(values).view(-1, 1, 1, 1) for values in ([-0.3, 0.5, 0.4, -0.2], [1.0, 3.0, 0.5, 2.0]))
     return (balls - shift) * scale

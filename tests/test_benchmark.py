@@ -27,6 +27,18 @@ def test_a_meanflow_step_costs_little_more_than_flow_matching(counts):
 
 
 @pytest.mark.slow
+def test_a_meanflow_step_of_the_cifar_network_does_too():
+    """In full size, in training: FLOPs at most 1.27 at ratio 0.75 (floor 1.25), bytes at most 1.05."""
+    options = Step(model="UNet-cifar", input_size=32, channels=3, batch=4, ratio=(0.75, 0.25))
+    net = build(options).train()
+    rows = {name: count(net, loss) for name, loss in steps(options, net).items()}
+    base = rows["flow matching"]
+    for name, limit in (("ours, ratio 0.75", 1.27), ("ours, ratio 0.25", 1.09)):
+        assert rows[name]["flops"] <= limit * base["flops"]
+        assert rows[name]["bytes"] <= 1.05 * base["bytes"]
+
+
+@pytest.mark.slow
 def test_the_peers_way_costs_what_it_is_said_to(counts):
     """Else the comparison in the README is a straw man, or the counter counts nothing."""
     base, peers = counts["flow matching"], counts["peers: torch.func.jvp of the whole batch"]

@@ -1,10 +1,13 @@
 """Images from every kind of source; the crop that ImageNet's reference statistics assume."""
 
+import json
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from meanflow.images import ImageFiles, UnreadableImage, center_crop
 
@@ -132,3 +135,71 @@ def test_sources_without_images_or_with_labels_that_are_no_class_are_refused(mak
     with pytest.raises(ValueError, match=message) as error:
         ImageFiles(str(tmp_path / "source"), 16)
     assert str(tmp_path / "source") in str(error.value) and "\n" not in str(error.value)
+
+
+def cifar() -> datasets.Dataset:
+    """Forty real pictures of 32 x 32 as the Hub's CIFAR-10 has them: PNGs in a column img, ten classes in label."""
+    image = load_sample_images().images[0]
+    tiles = [Image.fromarray(image[y : y + 32, x : x + 32]) for y in range(0, 128, 32) for x in range(0, 320, 32)]
+    kinds = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=CIFAR)})
+    return datasets.Dataset.from_dict({"img": tiles, "label": [k % 10 for k in range(40)]}, features=kinds)
+
+
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def save_folder(rows: datasets.Dataset, path) -> None:
+    for number, row in enumerate(rows):
+        (path / CIFAR[row["label"]]).mkdir(parents=True, exist_ok=True)
+        row["img"].save(path / CIFAR[row["label"]] / f"{number:02d}.png")
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda rows, path: (path.mkdir(), rows.to_parquet(path / "train-00000.parquet")),
+        lambda rows, path: rows.save_to_disk(path),
+        lambda rows, path: datasets.DatasetDict({"train": rows}).save_to_disk(path),
+        save_folder,
+    ],
+    ids=["parquet", "arrow", "splits", "folder"],
+)
+def test_cifar_of_any_format_is_the_same(save, tmp_path):
+    """Uncut, to the last bit; in memory."""
+    rows = cifar()
+    save(rows, tmp_path / "cifar")
+    images = ImageFiles(str(tmp_path / "cifar"), 32, crop=False)
+    assert len(images) == 40 and images.classes == CIFAR and images.shape == (3, 32, 32)
+    x, y = images.batch(range(40), ())
+    found = {(label, pixels.numpy().tobytes()) for label, pixels in zip(y.tolist(), x)}
+    for row in rows:
+        pixels = torch.from_numpy(np.asarray(row["img"]).copy()).permute(2, 0, 1).float() / 127.5 - 1
+        assert (row["label"], pixels.contiguous().numpy().tobytes()) in found
+    assert images.memory.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-200]), "cat/03.png is no readable image: "),
+        (lambda path: Image.new("RGB", (33, 32)).save(path), "cat/03.png is 32 x 33, not 32 x 32: --crop cuts it"),
+    ],
+    ids=["truncated", "size"],
+)
+def test_image_that_cannot_be_used_is_named_before_the_first_step(spoil, message, tool, tmp_path):
+    save_folder(cifar(), tmp_path / "cifar")
+    spoil(tmp_path / "cifar/cat/03.png")
+    said = tool("recipes/cifar10_unet", "--data", tmp_path / "cifar", "--out", tmp_path / "run")
+    assert said.startswith("error: ") and message in said and "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_cifar_recipe_trains_on_a_copy_on_disk(tool, tmp_path):
+    """Unconditional, mirrored and augmented, with the recipe's three averages."""
+    save_folder(cifar(), tmp_path / "cifar")
+    flags = ["--net.model-channels", 16, "--net.num-blocks", 1, "--global-batch", 8, "--steps", 2, "--workers", 0]
+    shown = tool("recipes/cifar10_unet", "--data", tmp_path / "cifar", "--out", tmp_path / "run", *flags)
+    assert "40 x 3 x 32 x 32, no classes, mirrored at random" in shown and "6 of 8 with r != t" in shown
+    averages = {path.name for path in (tmp_path / "run/step-00000002/ema").iterdir()}
+    assert averages == {"0.9999", "0.99995", "0.9996"}
+    assert json.loads((tmp_path / "run/step-00000002/data.json").read_text())["classes"] == []

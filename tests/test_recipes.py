@@ -111,19 +111,23 @@ def test_report_compares_two_runs(tool, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("imagenet*.py")))
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("[icv]*.py")))
 def test_smoke_test_trains_the_very_recipe(recipe, tool, tmp_path):
     """4 steps; of one recipe then 2 again, from the checkpoint amid them. (test_distributed.py launches one.)"""
     flags = ["--smoke", "--out", tmp_path / "run"]
     shown = tool(f"recipes/{recipe}", *flags)
     out = tmp_path / "run-smoke"
-    assert "made small" in shown and "4 of 16 with r != t" in shown
-    assert "random latents: 256 x 4 x 32 x 32 by stabilityai/sd-vae-ft-mse, 1000 classes" in shown
+    data = {
+        "i": "random latents: 256 x 4 x 32 x 32 by stabilityai/sd-vae-ft-mse, 1000 classes",
+        "c": f"digits: 1,347 x 1 x 32 x 32, {'10' if recipe == 'cifar10_unet_cond' else 'no'} classes",
+        "v": "shapes: 512 x 4 x 16 x 16 x 16, no classes",
+    }[recipe[0]]
+    assert "made small" in shown and f"{12 if recipe[0] == 'c' else 4} of 16 with r != t" in shown and data in shown
     assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]
     assert (out / "samples/step-00000004.png").exists()
     last = out / "step-00000004"
     net, config = checkpoint.load_network(last)
-    assert net.config.in_channels == 4 and config.omega > 0
+    assert net.config.in_channels == (1 if recipe[0] == "c" else 4) and config.omega > 0
     if recipe != "imagenet_ditxl":
         return
     before = (last / "model/diffusion_pytorch_model.safetensors").read_bytes()
