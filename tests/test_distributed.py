@@ -92,9 +92,12 @@ RATE = "2e-6"
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """A network that is no fresh one, whose gradients are zero nearly everywhere."""
-    folder = tmp_path_factory.mktemp("weights")
+    return save_weights("DiT-XS/4", tmp_path_factory.mktemp("weights"))
+
+
+def save_weights(model: str, folder: Path, std: float = 0.1, **sizes) -> Path:
     torch.manual_seed(0)
-    perturbed(MODELS["DiT-XS/4"](input_size=8, in_channels=1, num_classes=10)).save_pretrained(folder)
+    perturbed(MODELS[model](input_size=8, in_channels=1, num_classes=10, **sizes), std).save_pretrained(folder)
     return folder
 
 
@@ -251,11 +254,31 @@ ON_CPU = """if True:  # accelerate turns FSDP on for accelerators alone; all els
 """
 
 
+def test_two_processes_and_two_shards_train_the_same_unet(tmp_path):
+    """As one process; augmented, and with guidance."""
+    sizes = {"model_channels": 16, "num_blocks": 1, "dropout": 0.0, "augment_dim": 6}
+    flags = [*DIGITS, "--model", "UNet-cifar", "--net", *(str(word) for size in sizes.items() for word in size)]
+    flags += ["--augment", "0.5", "--objective.kappa", "0.5", "--steps", "5", "--lr", RATE, "--checkpoint-every", "1"]
+    flags += ["--keep", "9", "--init-from", str(save_weights("UNet-cifar", tmp_path / "weights", 0.05, **sizes))]
+    for launch, out in ((ONE, "one"), (TWO, "two"), (on_cpu(tmp_path), "sharded")):
+        finish(start(*launch, *flags, "--out", str(tmp_path / out)))
+    for out in ("two", "sharded"):
+        first = apart(tmp_path / "one/step-00000001", tmp_path / out / "step-00000001")
+        last = apart(tmp_path / "one/step-00000005", tmp_path / out / "step-00000005")
+        print(out, first, last)
+        assert first["gradient"] < 1e-6 and last["model"] < 1e-6 and last["ema/0.95"] < 1e-6
+
+
+def on_cpu(folder: Path) -> list[str]:
+    """A launch of two sharded processes here."""
+    (folder / "on_cpu.py").write_text(ON_CPU)
+    launch = [*ACCELERATE, "accelerate_configs/fsdp2.yaml", "--num_processes=2", "--main_process_port=0"]
+    return [*launch, str(folder / "on_cpu.py")]
+
+
 def test_sharded_processes_train_save_and_resume_the_same_network(weights, tmp_path):
     """FSDP2 of blocks and root, of averages and Adam: saved as one process does, and resumed by either."""
-    (tmp_path / "on_cpu.py").write_text(ON_CPU)
-    sharded = [*ACCELERATE, "accelerate_configs/fsdp2.yaml", "--num_processes=2", "--main_process_port=0"]
-    sharded.append(str(tmp_path / "on_cpu.py"))
+    sharded = on_cpu(tmp_path)
     more = ["--objective.kappa", "0.5", "--steps", "8", "--lr", RATE, "--checkpoint-every", "1", "--keep", "9"]
     one, two = tmp_path / "one", tmp_path / "two"
     for launch, out in ((ONE, one), (sharded, two)):
