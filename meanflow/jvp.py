@@ -245,22 +245,10 @@ def cat(func: Callable, out: Tensor, tensors: list[Dual], *args, **kwargs) -> Te
     return func([torch.zeros_like(x.p) if x.d is None else x.d for x in tensors], *args, **kwargs)
 
 
-def attention(
-    func: Callable,
-    out: Tensor,
-    query: Dual,
-    key: Dual,
-    value: Dual,
-    attn_mask: Dual | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def attention(func, out: Tensor, query: Dual, key: Dual, value: Dual, *masks, scale: float | None = None, **options):
     """P = softmax(S), S = q k' scale: dS = (dq k' + q dk') scale, dout = (P * dS) v - rowsum(P * dS) out + P dv."""
-    if is_constant(query) or is_constant(key) or is_constant(value) or attn_mask or is_causal or enable_gqa:
-        options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        return forward_mode(func, out, query, key, value, **options)
+    if is_constant(query) or is_constant(key) or is_constant(value) or any(masks) or any(options.values()):
+        return forward_mode(func, out, query, key, value, *masks, scale=scale, **options)
     q, k, v, dq, dk, dv = (x.contiguous() for x in (query.p, key.p, value.p, query.d, key.d, value.d))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, dq, k_t = q * scale, dq * scale, k.transpose(-1, -2)

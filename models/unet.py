@@ -156,13 +156,13 @@ class UNetCifar(ModelMixin, ConfigMixin):
         levels = [
             (f"{img_resolution >> i}x{img_resolution >> i}", model_channels * m) for i, m in enumerate(channel_mult)
         ]
-        width, widths = model_channels, [model_channels]  # of what the decoder gets from the encoder
+        width, widths = model_channels, []  # of what the decoder gets from the encoder
         for name, level_width in levels:
             if name == levels[0][0]:
                 self.enc[f"{name}_conv"] = Conv(in_channels, width, 3)
             else:
                 self.enc[f"{name}_down"] = block(width, width, resample="down")
-                widths.append(width)
+            widths.append(width)
             for i in range(num_blocks):
                 self.enc[f"{name}_block{i}"] = block(width, level_width, attention=name == "16x16")
                 width = level_width
@@ -258,7 +258,6 @@ class UNet(ModelMixin, ConfigMixin):
             raise ValueError(f"attention must be {len(block_out_channels)} values, one a level, got {len(attention)}")
         self.z_shape = (in_channels, *size)
         self.unet = UNet2DModel(
-            sample_size=size,
             in_channels=in_channels,
             out_channels=in_channels,
             block_out_channels=tuple(block_out_channels),
