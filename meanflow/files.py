@@ -1,8 +1,17 @@
 """Files that are whole or not there."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, fields: dict) -> None:
+    write_whole(path, json.dumps(fields, indent=2) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:
