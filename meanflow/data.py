@@ -149,9 +149,8 @@ def channel_weights(objective: MeanFlowConfig, data: Data) -> tuple[float, ...] 
     rows = torch.linspace(0, len(data) - 1, min(len(data), 1024)).long().tolist()
     for row in rows:
         x = data.batch([row], [generator(0, row, "variance")])[0][0].double().flatten(1)
-        sums += torch.stack([x.mean(dim=1), x.square().mean(dim=1)])
-    mean, square = sums / len(rows)
-    variance = square - mean**2
+        sums += torch.stack([x.mean(dim=1), x.square().mean(dim=1)]) / len(rows)
+    variance = sums[1] - sums[0] ** 2
     if not (variance > 0).all():
         raise ValueError(f"channel_weights: a channel of {data.facts.get('source')} is constant, variances {variance}")
     return tuple((1 / variance).tolist())
@@ -160,8 +159,7 @@ def channel_weights(objective: MeanFlowConfig, data: Data) -> tuple[float, ...] 
 def random_latents(recipe: TrainConfig) -> Images:
     """A smoke test's data: 256 latents as Stable Diffusion's VAE shapes them, of 1,000 classes."""
     size, random = recipe.resolution // 8, torch.Generator().manual_seed(0)
-    x = torch.randn(256, 4, size, size, generator=random)
-    y = torch.randint(1000, (256,), generator=random)
+    x, y = torch.randn(256, 4, size, size, generator=random), torch.randint(1000, (256,), generator=random)
     return Images(x, y, num_classes=1000, latents={"shift": 0.0, "scale": recipe.scaling_factor})
 
 
@@ -186,10 +184,8 @@ class SlotBatches(Sampler):
         self.process, self.num_processes = process, num_processes
         self.micro_batch, rest = divmod(recipe.global_batch, num_processes * recipe.accumulation_steps)
         if rest:
-            raise ValueError(
-                f"global_batch must be a multiple of processes x accumulation_steps "
-                f"({num_processes} x {recipe.accumulation_steps}), got {recipe.global_batch}"
-            )
+            parts = f"processes x accumulation_steps ({num_processes} x {recipe.accumulation_steps})"
+            raise ValueError(f"global_batch must be a multiple of {parts}, got {recipe.global_batch}")
         order_slots(recipe.objective, range(self.micro_batch), recipe.global_batch)  # refuses an inexact share now
 
     def __len__(self) -> int:
@@ -204,9 +200,8 @@ class SlotBatches(Sampler):
                 for slot in order_slots(self.recipe.objective, range(first, first + self.micro_batch), G):
                     if slot // self.num_images != epoch:
                         epoch = slot // self.num_images
-                        order = torch.randperm(
-                            self.num_images, generator=generator(self.recipe.seed, epoch, "order")
-                        ).tolist()
+                        random = generator(self.recipe.seed, epoch, "order")
+                        order = torch.randperm(self.num_images, generator=random).tolist()
                     batch.append((order[slot % self.num_images], slot))
                 yield batch
 
@@ -224,9 +219,9 @@ class SlotData(Dataset):
         draws = make_draws(recipe.objective, shape, recipe.seed, slots, recipe.global_batch)
         if recipe.fixed_noise:
             draws.e.copy_(noise(recipe.seed, indices, shape))
-        labels = None
-        if recipe.augment:
-            x, labels = augment(x, recipe.augment, (generator(recipe.seed, slot, "augment") for slot in slots))
+        if not recipe.augment:
+            return x, y, draws, None
+        x, labels = augment(x, recipe.augment, (generator(recipe.seed, slot, "augment") for slot in slots))
         return x, y, draws, labels
 
 
@@ -238,10 +233,9 @@ def make_loader(
     Raises:
         ValueError: the global batch does not divide, or a micro-batch cannot hold the exact share of r != t samples.
     """
-    batches = SlotBatches(recipe, len(data), start, stop, process, num_processes)
     return DataLoader(
         SlotData(recipe, data),
-        batch_sampler=batches,
+        batch_sampler=SlotBatches(recipe, len(data), start, stop, process, num_processes),
         collate_fn=whole,
         num_workers=recipe.workers,
         multiprocessing_context="fork" if recipe.workers and sys.platform == "linux" else None,  # which copies no data

@@ -262,10 +262,10 @@ class Log:
         self.run_id = progress.get("run_id", secrets.token_hex(4))
         if recipe.track:
             fields = checkpoint.flatten(checkpoint.recipe_fields(recipe))
+            config = {name: str(value) for name, value in fields.items()}
             again = {"wandb": {"id": self.run_id, "resume": "allow"}}
             again |= {"trackio": {"name": self.run_id, "resume": "allow"}}  # tensorboard's is the folder
-            config = {name: str(value) for name, value in fields.items()}
-            accelerator.init_trackers(recipe.out.name, config, {name: again.get(name, {}) for name in recipe.track})
+            accelerator.init_trackers(recipe.out.name, config, again)
         if accelerator.is_main_process and self.path.exists():  # forget what the resumed run will do again
             kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= self.step]
             write_whole(self.path, "".join(f"{line}\n" for line in kept))
