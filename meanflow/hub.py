@@ -35,15 +35,13 @@ def fetch(source: str | Path, revision: str | None = None, variant: str | None =
         raise ValueError(f"{source}: no such folder")
     from huggingface_hub import snapshot_download
 
-    other = [f"*.{name}*" for name in ("bf16", "fp16") if name != variant]
+    patterns = {"allow_patterns": ["*.json", "*.safetensors"]}
+    patterns["ignore_patterns"] = [f"*.{name}*" for name in ("bf16", "fp16") if name != variant]
     try:
-        found = snapshot_download(
-            repo_id, revision=revision or at or None, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=other
-        )
+        return Path(snapshot_download(repo_id, revision=revision or at or None, **patterns))
     except Exception as error:  # of many kinds, by two packages
         reason = " ".join(str(error).split()) or repr(error)
         raise ValueError(f"{source} is no folder, and from the Hub it cannot be had: {reason}") from None
-    return Path(found)
 
 
 def push(folder: Path, repo_id: str, private: bool = True, revision: str | None = None) -> str:
@@ -61,9 +59,9 @@ def push(folder: Path, repo_id: str, private: bool = True, revision: str | None 
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, delete_patterns=["net/*", "vae/*"]
-            ).commit_url
+            old = ["net/*", "vae/*"]
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, delete_patterns=old)
+            return commit.commit_url
         except Exception as error:  # of many kinds, by two packages
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             refused = status in (400, 401, 403, 404) or isinstance(error, ValueError)

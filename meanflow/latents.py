@@ -10,7 +10,6 @@ The moments are the VAE's own, neither shifted nor scaled. tools/cache_latents.p
 
 import bisect
 import itertools
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from meanflow.config import TrainConfig
-from meanflow.files import checksum
+from meanflow.files import checksum, read_json
 from meanflow.images import ImageFiles
 from meanflow.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_facts
 
@@ -39,7 +38,7 @@ def read_facts(folder: Path) -> dict:
             raise ValueError(f"{folder} is unfinished: give tools/cache_latents.py the same command again")
         raise ValueError(f"{folder} has no {LATENTS}: make it with tools/cache_latents.py")
     try:
-        facts = json.loads((folder / LATENTS).read_text())
+        facts = read_json(folder / LATENTS)
         shards = facts["shards"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / LATENTS} is damaged: {error!r}") from None
@@ -70,18 +69,14 @@ def check_expected(folder: Path, facts: dict, recipe: TrainConfig) -> None:
     if facts["vae_sha256"] and recipe.vae and Path(recipe.vae).expanduser().is_dir():
         weights = fingerprint(load_vae(recipe.vae))
         if weights != facts["vae_sha256"]:
-            raise ValueError(
-                f"{folder} was made by another VAE than {recipe.vae}: by {facts['vae']}, with weights of SHA-256 "
-                f"{str(facts['vae_sha256'])[:12]}..., not {weights[:12]}..."
-            )
+            there = f"by {facts['vae']}, with weights of SHA-256 {facts['vae_sha256'][:12]}..., not {weights[:12]}..."
+            raise ValueError(f"{folder} was made by another VAE than {recipe.vae}: {there}")
     elif facts["vae"] != recipe.vae:
         wrong.insert(0, "vae")
     if wrong:
         diff = ", ".join(f"{name} {facts[name]} there, {getattr(recipe, name)} here" for name in wrong)
         flags = " ".join(f"--{name.replace('_', '-')} {facts[name]}" for name in wrong)
-        raise ValueError(
-            f"{folder} holds other latents than the recipe expects ({diff}): make them anew, or say {flags}"
-        )
+        raise ValueError(f"{folder} holds latents of other settings ({diff}): make them anew, or say {flags}")
 
 
 class LatentSpace:
