@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.ema import Averages
-from meanflow.files import checksum, first_line, read_json, sync, write_json
+from meanflow.files import checksum, errors_as, first_line, read_json, sync, write_json
 from meanflow.hub import fetch
 from models import MODELS
 
@@ -189,10 +189,8 @@ def choose(recipe: TrainConfig) -> Path | None:
 
 def saved_step(folder: Path) -> int:
     """The step after which a checkpoint was saved."""
-    try:
+    with errors_as(f"{folder / 'step.json'} is missing or damaged"):
         return read_json(folder / "step.json")["step"]
-    except (OSError, ValueError, KeyError):
-        raise ValueError(f"{folder / 'step.json'} is missing or damaged") from None
 
 
 def verify(folder: Path, part: str = "") -> None:
@@ -203,10 +201,8 @@ def verify(folder: Path, part: str = "") -> None:
     """
     older = [path for path in checkpoints(folder.parent) if path.name < folder.name]
     advice = f": --resume {older[-1]} goes on from the one before" if older else ""
-    try:
+    with errors_as(f"{folder / CHECKSUMS} is missing or damaged{advice}"):
         sums = read_json(folder / CHECKSUMS)
-    except (OSError, ValueError):
-        raise ValueError(f"{folder / CHECKSUMS} is missing or damaged{advice}") from None
     for name, value in sums.items():
         if name.startswith(part) and not ((folder / name).is_file() and checksum(folder / name) == value):
             raise ValueError(f"{folder / name} is missing or damaged{advice}")
@@ -245,10 +241,8 @@ def init_weights(net: ModelMixin, source: str) -> None:
     """
     folder = fetch(source)
     folder = next((folder / name for name in ("model", "net") if (folder / name).is_dir()), folder)
-    try:
+    with errors_as(f"init_from: {source} has no weights for this network"):
         net.load_state_dict(type(net).from_pretrained(folder).state_dict())
-    except Exception as error:  # of many kinds
-        raise ValueError(f"init_from: {source} has no weights for this network: {first_line(error)}") from None
 
 
 def lock(out: Path):

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -39,3 +41,12 @@ def checksum(path: Path) -> str:
 def first_line(error: Exception) -> str:
     """What an error says, for a message of one line."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+@contextmanager
+def errors_as(words: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Makes an error, of the many kinds that packages raise, one of ours in one line: the words, then what it says."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{words}: {first_line(error)}") from None

@@ -70,9 +70,8 @@ class Guard:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             self.say(f"a gradient was not finite: step skipped, the {self.in_a_row}. in a row, {self.skipped} in all")
             if self.in_a_row >= recipe.max_skipped:
-                return Stop(
-                    DIVERGED, f"{self.in_a_row} steps in a row had gradients that are not finite: {ADVICE}", False
-                )
+                words = f"{self.in_a_row} steps in a row had gradients that are not finite"
+                return Stop(DIVERGED, f"{words}: {ADVICE}", False)
         else:
             self.in_a_row = 0
             if (stop := self.diverges(raw_loss)) is not None:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from meanflow.files import first_line
+from meanflow.files import errors_as, first_line
 
 CROP = "ADM centre crop"
 
@@ -128,11 +128,9 @@ class ImageFiles:
             UnreadableImage: naming it.
         """
         file = self.files[index][self.column]
-        try:
+        with errors_as(f"{self.name(index)} is no readable image", UnreadableImage):
             with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
                 cropped = center_crop(image, self.shape[-1]) if self.crop else image.convert("RGB")
-        except Exception as error:  # of many kinds, by each format's decoder
-            raise UnreadableImage(f"{self.name(index)} is no readable image: {error}") from None
         if cropped.size != self.shape[1:]:
             width, height = cropped.size
             size = f"{self.shape[1]} x {self.shape[2]}"

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from meanflow.config import TrainConfig
-from meanflow.files import checksum, read_json
+from meanflow.files import checksum, errors_as, read_json
 from meanflow.images import ImageFiles
 from meanflow.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_facts
 
@@ -37,11 +37,9 @@ def read_facts(folder: Path) -> dict:
         if (folder / ".progress").exists():
             raise ValueError(f"{folder} is unfinished: give tools/cache_latents.py the same command again")
         raise ValueError(f"{folder} has no {LATENTS}: make it with tools/cache_latents.py")
-    try:
+    with errors_as(f"{folder / LATENTS} is damaged"):
         facts = read_json(folder / LATENTS)
         shards = facts["shards"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / LATENTS} is damaged: {error!r}") from None
     for shard in shards:
         path = folder / shard["file"]
         if not path.is_file():
@@ -107,7 +105,7 @@ class LatentSpace:
         return decode(self.vae.to(x.device), x / self.scale.to(x.device) + self.shift.to(x.device))
 
 
-class Latents:
+class Latents(LatentSpace):
     """The latents of a cache, in model units, drawn anew from the VAE's posterior at each visit.
 
     Raises:
@@ -128,10 +126,10 @@ class Latents:
         else:
             shift, scale = facts["shift_factor"] or 0.0, facts["scaling_factor"]
         self.facts = {**facts, "normalization": recipe.normalization, "latents": {"shift": shift, "scale": scale}}
-        self.space = LatentSpace(shift, scale, recipe.vae)
+        super().__init__(shift, scale, recipe.vae)
         self.moments, labels = [], []
         for shard in self.shards:
-            try:
+            with errors_as(f"{folder / shard['file']} is damaged"):
                 with pa.memory_map(str(folder / shard["file"])) as file:
                     table = pa.ipc.open_stream(file).read_all()
                 column = table["moments"].chunk(0)
@@ -140,8 +138,6 @@ class Latents:
                     column = column.flatten()
                 self.moments.append(column.to_numpy().reshape(-1, *facts["shape"]))
                 labels.append(table["label"].to_numpy())
-            except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
-                raise ValueError(f"{folder / shard['file']} is damaged: {error}") from None
         self.labels = torch.from_numpy(np.concatenate(labels))
         self.ends = list(itertools.accumulate(map(len, labels)))
 
@@ -163,13 +159,10 @@ class Latents:
             noise[row].normal_(generator=random)
         mean, std = self.read(indices, flips).float().unbind(1)
         y = self.labels[torch.as_tensor(indices)] if self.num_classes else None
-        return self.space.normalize(torch.addcmul(mean, std, noise)), y
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        return self.space.to_pixels(x)
+        return self.normalize(torch.addcmul(mean, std, noise)), y
 
 
-class EncodedImages:
+class EncodedImages(LatentSpace):
     """Image files that go through the VAE at each visit, on the training device. For small jobs: a cache is faster.
 
     A batch's x is (pixels, noise); `encode` makes it model units.
@@ -184,7 +177,7 @@ class EncodedImages:
             raise ValueError(f"scaling_factor must be that of {recipe.vae}, {scale}, got {recipe.scaling_factor}")
         self.images, self.num_classes = images, images.num_classes
         self.shape = latent_shape(vae, recipe.resolution)
-        self.space = LatentSpace(shift, scale, vae)
+        super().__init__(shift, scale, vae)
         self.facts = {**images.facts, **vae_facts(vae, recipe.vae), "normalization": recipe.normalization}
         self.facts["latents"] = {"shift": shift, "scale": scale}
 
@@ -197,8 +190,5 @@ class EncodedImages:
         return (pixels, torch.stack([torch.randn(self.shape, generator=random) for random in randoms])), y
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        mean, std = encode(self.space.vae.to(pixels.device), pixels)
-        return self.space.normalize(mean + std * noise)
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        return self.space.to_pixels(x)
+        mean, std = encode(self.vae.to(pixels.device), pixels)
+        return self.normalize(mean + std * noise)

@@ -1,14 +1,13 @@
 """The autoencoder between images and latents: diffusers' AutoencoderKL, never trained here."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from meanflow.files import first_line
+from meanflow.files import errors_as, read_json
 from meanflow.hub import fetch
 
 
@@ -18,22 +17,18 @@ def load_vae(name: str) -> AutoencoderKL:
     Raises:
         ValueError: it is no AutoencoderKL, or cannot be had.
     """
-    try:
+    with errors_as("vae"):
         folder = fetch(name)
-    except ValueError as error:
-        raise ValueError(f"vae: {error}") from None
     if not (folder / "config.json").is_file():
         raise ValueError(f"vae: {name} is no folder of an AutoencoderKL: it has no config.json")
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+        kind = read_json(folder / "config.json").get("_class_name")
     except (ValueError, AttributeError):
         kind = "damaged"
     if kind != "AutoencoderKL":
         raise ValueError(f"vae: {name} is no AutoencoderKL: its config.json is of {kind}")
-    try:
+    with errors_as(f"vae: {name} cannot be loaded"):
         vae, info = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # of many kinds, by three packages
-        raise ValueError(f"vae: {name} cannot be loaded: {first_line(error)}") from None
     if info["missing_keys"]:
         raise ValueError(f"vae: {name} lacks weights, such as {sorted(info['missing_keys'])[0]}")
     return vae.float().eval().requires_grad_(False)

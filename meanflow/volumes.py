@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from meanflow.files import first_line
+from meanflow.files import errors_as
 from meanflow.images import UnreadableImage
 from meanflow.pictures import middle_slices
 
@@ -54,7 +54,7 @@ def volume(path: Path, shape_only: bool = False) -> Tensor | tuple[int, ...]:
     Raises:
         UnreadableImage: naming it.
     """
-    try:
+    with errors_as(f"{path} is no readable volume", UnreadableImage):
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r")
             if shape_only:
@@ -67,8 +67,6 @@ def volume(path: Path, shape_only: bool = False) -> Tensor | tuple[int, ...]:
                 x = file.get_tensor("volume").float()
         if not x.isfinite().all():
             raise ValueError("it has values that are not finite")
-    except Exception as error:  # of many kinds, by two packages
-        raise UnreadableImage(f"{path} is no readable volume: {first_line(error)}") from None
     return x
 
 
