@@ -93,10 +93,8 @@ class Pusher:
             with self.log.open("a") as log:
                 self.said = log.tell()
                 # In a session of its own: a Ctrl-C is the run's, which decides. It ends with the run, by its stdin.
-                self.child = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
-                    env={**alone, "CUDA_VISIBLE_DEVICES": ""},
-                )  # fmt: skip
+                how = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "start_new_session": True}
+                self.child = subprocess.Popen(command, **how, env={**alone, "CUDA_VISIBLE_DEVICES": ""})
         except OSError as error:
             print(f"{self.recipe.push_to_hub}: no push, {first_line(error)}", file=sys.stderr)
             self.child = None

@@ -45,10 +45,9 @@ def open_source(source: str, split: str):
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "~", "/")) or path.parent.exists()):
         raise ValueError(f"{source}: no such file or folder, and no Hub id (owner/name)")
     try:
-        if (path / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(path))[split]
-        if (path / "state.json").exists():
-            return datasets.load_from_disk(str(path))
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            saved = datasets.load_from_disk(str(path))
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         if path.is_file():
             return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
         if path.is_dir():
@@ -89,24 +88,22 @@ class ImageFiles:
         image = next((name for name, kind in kinds.items() if isinstance(kind, datasets.Image)), None)
         if image is None:
             raise ValueError(f"{source} has no column of images, only {', '.join(kinds)}")
-        label = next((name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), None)
-        label = label or ("label" if "label" in kinds else None)
+        label = "label" if "label" in kinds else None
+        label = next((name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), label)
         self.files = rows.select_columns(image).cast_column(image, datasets.Image(decode=False)).with_format(None)
         self.column, self.classes, self.labels = image, [], None
         if label is not None:
-            labels = rows.with_format(None)[label][:]
-            if any(value is None for value in labels):
+            labels, kind = rows.with_format(None)[label][:], kinds[label]
+            if None in labels:
                 raise ValueError(f"{self.name(labels.index(None))} has no label")
             if not all(isinstance(value, int) for value in labels):
-                raise ValueError(f"{source}: column {label} must hold classes as integers, got {kinds[label]}")
+                raise ValueError(f"{source}: column {label} must hold classes as integers, got {kind}")
             self.labels = torch.tensor(labels)
-            kind = kinds[label]
-            names = kind.names if isinstance(kind, datasets.ClassLabel) else range(1 + int(self.labels.max()))
-            self.classes = [str(name) for name in names]
-            wrong = ((self.labels < 0) | (self.labels >= len(self.classes))).nonzero()
-            if len(wrong):
-                row = int(wrong[0])
-                raise ValueError(f"{self.name(row)}: its label must be in [0, {len(self.classes)}), got {labels[row]}")
+            names = kind.names if isinstance(kind, datasets.ClassLabel) else range(1 + max(labels))
+            self.classes = list(map(str, names))
+            for row, value in enumerate(labels):
+                if not 0 <= value < len(names):
+                    raise ValueError(f"{self.name(row)}: its label must be in [0, {len(names)}), got {value}")
         self.num_classes = len(self.classes)
         self.facts = {"source": source, "split": split, "resolution": size, "classes": self.classes}
         self.facts |= {"transform": CROP if crop else None, "count": len(rows)}
@@ -132,9 +129,8 @@ class ImageFiles:
             with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
                 cropped = center_crop(image, self.shape[-1]) if self.crop else image.convert("RGB")
         if cropped.size != self.shape[1:]:
-            width, height = cropped.size
-            size = f"{self.shape[1]} x {self.shape[2]}"
-            raise UnreadableImage(f"{self.name(index)} is {height} x {width}, not {size}: --crop cuts it")
+            (width, height), size = cropped.size, self.shape[1]
+            raise UnreadableImage(f"{self.name(index)} is {height} x {width}, not {size} x {size}: --crop cuts it")
         return torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1)
 
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Tensor, Tensor | None]:
