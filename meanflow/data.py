@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,32 +18,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from meanflow.augment import augment
 from meanflow.config import MeanFlowConfig, TrainConfig
-from meanflow.images import ImageFiles
+from meanflow.images import Data, ImageFiles
 from meanflow.latents import LATENTS, EncodedImages, Latents
 from meanflow.noise import generator, noise
-from meanflow.pictures import middle_slices
 from meanflow.time import Draws, make_draws, order_slots
 from meanflow.volumes import SUFFIXES, Volumes, shapes
 
 
-class Data(Protocol):
-    """What a network can be trained on."""
-
-    shape: tuple[int, ...]  # of a sample as the network sees it, (C, *S)
-    num_classes: int  # 0: without classes
-    facts: dict  # what a sampler has to know, as JSON
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Any, Tensor | None]:
-        """x, (B, C, *S) float32 in model units, and y, (B,) int64; a sample's randomness is its generator's."""
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        """Images in [-1, 1] to look at, (B, 1 or 3, H, W), from model units."""
-
-
 @dataclass
-class Images:
+class Images(Data):
     """Images or volumes in memory.
 
     Args:
@@ -67,16 +50,10 @@ class Images:
 
     @property
     def facts(self) -> dict:
-        return {"count": len(self), "classes": list(map(str, range(self.num_classes))), "latents": self.latents}
-
-    def __len__(self) -> int:
-        return len(self.x)
+        return {"count": len(self.x), "classes": list(map(str, range(self.num_classes))), "latents": self.latents}
 
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Tensor, Tensor | None]:
         return self.x[indices], self.y[indices] if self.num_classes else None
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        return middle_slices(x) if x.ndim == 5 else x[:, :3]
 
 
 def digits(resolution: int = 8) -> tuple[Images, Images]:

@@ -1,8 +1,9 @@
-"""Image files of any source that datasets reads, cropped as ImageNet's reference statistics assume."""
+"""What data are; image files of any source that datasets reads, cropped as ImageNet's reference statistics assume."""
 
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from meanflow.files import errors_as, first_line
+from meanflow.pictures import middle_slices
 
 CROP = "ADM centre crop"
 
@@ -62,11 +64,29 @@ def open_source(source: str, split: str):
         raise ValueError(f"{source}: datasets cannot open it: {reason}") from None
 
 
+class Data:
+    """What a network can be trained on."""
+
+    shape: tuple[int, ...]  # of a sample as the network sees it, (C, *S)
+    num_classes: int  # 0: without classes
+    facts: dict  # what a sampler has to know, as JSON; count: of the samples
+
+    def __len__(self) -> int:
+        return self.facts["count"]
+
+    def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Any, Tensor | None]:
+        """x, (B, C, *S) float32 in model units, and y, (B,) int64; a sample's randomness is its generator's."""
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1] to look at, (B, 1 or 3, H, W), from model units."""
+        return middle_slices(x) if x.ndim == 5 else x[:, :3]
+
+
 class UnreadableImage(ValueError):
     """An image that cannot be decoded; the message names it."""
 
 
-class ImageFiles:
+class ImageFiles(Data):
     """Images of a source, (3, size, size) in [-1, 1], and their classes, if a column has any.
 
     The first column of type Image counts, and the first ClassLabel or one called label. Without crop images must have
@@ -112,9 +132,6 @@ class ImageFiles:
             bar = tqdm(range(len(rows)), "images", unit="image", mininterval=1, disable=len(rows) < 10_000)
             self.memory = torch.stack([self.pixels(row) for row in bar])
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def name(self, index: int) -> str:
         return (self.files[index][self.column] or {}).get("path") or f"{self.source}, row {index}"
 
@@ -141,6 +158,3 @@ class ImageFiles:
             flips = torch.tensor([bool(torch.rand((), generator=random) < 0.5) for random in randoms])
             x = torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
         return x, self.labels[torch.as_tensor(indices)] if self.num_classes else None
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        return x

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from meanflow.config import TrainConfig
 from meanflow.files import checksum, errors_as, read_json
-from meanflow.images import ImageFiles
+from meanflow.images import Data, ImageFiles
 from meanflow.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_facts
 
 LATENTS = "latents.json"
@@ -77,8 +77,8 @@ def check_expected(folder: Path, facts: dict, recipe: TrainConfig) -> None:
         raise ValueError(f"{folder} holds latents of other settings ({diff}): make them anew, or say {flags}")
 
 
-class LatentSpace:
-    """Model units of latents, (latent - shift) * scale, and the way back to pixels.
+class LatentSpace(Data):
+    """Data in the model units of latents, (latent - shift) * scale, and the way back to pixels.
 
     Args:
         shift, scale: a number, or one a channel.
@@ -141,9 +141,6 @@ class Latents(LatentSpace):
         self.labels = torch.from_numpy(np.concatenate(labels))
         self.ends = list(itertools.accumulate(map(len, labels)))
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def read(self, indices: Sequence[int], flips: Sequence[int]) -> Tensor:
         """The moments of these images, (B, 2, C, H, W) float16; flip 1 is the mirror image."""
         out = np.empty((len(indices), 2, *self.shape), np.float16)
@@ -180,9 +177,6 @@ class EncodedImages(LatentSpace):
         super().__init__(shift, scale, vae)
         self.facts = {**images.facts, **vae_facts(vae, recipe.vae), "normalization": recipe.normalization}
         self.facts["latents"] = {"shift": shift, "scale": scale}
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]):
         randoms = list(randoms)

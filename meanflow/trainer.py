@@ -104,8 +104,7 @@ class Trainer:
             accelerator.print(f"{recipe.out}: resumes after step {step} of {self.total}")
         bar = tqdm(total=self.total, initial=step, unit="step", disable=not accelerator.is_main_process, mininterval=1)
 
-        place = (accelerator.process_index, accelerator.num_processes)
-        loader = make_loader(recipe, self.data, step, self.total, *place)
+        loader = make_loader(recipe, self.data, step, self.total, accelerator.process_index, accelerator.num_processes)
         self.objective.train()
         raw_loss, stop, saved = 0.0, None, True
         with Guard(accelerator, recipe, progress) as guard:
@@ -145,8 +144,7 @@ class Trainer:
                     stop = stop or guard.decide()
                     if not stop or stop.save:
                         note = {"data": self.data.facts, "step": {"step": step, **guard.state, **log.state()}}
-                        trained = (net, self.averages, optimizer.optimizer)
-                        saved = checkpoint.save(accelerator, recipe, note, *trained)
+                        saved = checkpoint.save(accelerator, recipe, note, net, self.averages, optimizer.optimizer)
                         if push and saved and self.pusher:
                             self.pusher.start(checkpoint.checkpoints(recipe.out)[-1])
                 if step % recipe.sample_every == 0 or last:

@@ -19,18 +19,15 @@ def load_vae(name: str) -> AutoencoderKL:
     """
     with errors_as("vae"):
         folder = fetch(name)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"vae: {name} is no folder of an AutoencoderKL: it has no config.json")
-    try:
+    with errors_as(f"vae: {name} cannot be loaded as an AutoencoderKL"):
+        if not (folder / "config.json").is_file():
+            raise ValueError("it has no config.json")
         kind = read_json(folder / "config.json").get("_class_name")
-    except (ValueError, AttributeError):
-        kind = "damaged"
-    if kind != "AutoencoderKL":
-        raise ValueError(f"vae: {name} is no AutoencoderKL: its config.json is of {kind}")
-    with errors_as(f"vae: {name} cannot be loaded"):
+        if kind != "AutoencoderKL":
+            raise ValueError(f"its config.json is of {kind}")
         vae, info = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"vae: {name} lacks weights, such as {sorted(info['missing_keys'])[0]}")
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks weights, such as {sorted(info['missing_keys'])[0]}")
     return vae.float().eval().requires_grad_(False)
 
 

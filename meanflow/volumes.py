@@ -9,13 +9,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from meanflow.files import errors_as
-from meanflow.images import UnreadableImage
-from meanflow.pictures import middle_slices
+from meanflow.images import Data, UnreadableImage
 
 SUFFIXES = (".npy", ".safetensors")
 
 
-class Volumes:
+class Volumes(Data):
     """The volumes of a folder's .npy files, and of its .safetensors files with the key volume: each (C, D, H, W).
 
     They are taken in the units that they have, and have no classes.
@@ -38,14 +37,8 @@ class Volumes:
                 raise ValueError(f"{path}: a volume must be {first}, got {shape}")
         self.facts = {"source": str(folder), "count": len(self.files), "classes": []}
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Tensor, None]:
         return torch.stack([volume(self.files[index]) for index in indices]), None
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        return middle_slices(x)
 
 
 def volume(path: Path, shape_only: bool = False) -> Tensor | tuple[int, ...]:
