@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from meanflow.augment import augment
 from meanflow.config import MeanFlowConfig, TrainConfig
@@ -65,16 +65,11 @@ def digits(resolution: int = 8) -> tuple[Images, Images]:
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
-    parts = train_test_split(data.images, data.target, test_size=0.25, stratify=data.target, random_state=0)
-    x_train, x_held_out, y_train, y_held_out = (torch.from_numpy(part) for part in parts)
-
-    def images(x: Tensor, y: Tensor) -> Images:
-        x = (x[:, None] / 8 - 1).float()
-        if resolution != 8:
-            x = F.interpolate(x, (resolution, resolution), mode="bilinear", align_corners=False)
-        return Images(x, y.long(), 10)
-
-    return images(x_train, y_train), images(x_held_out, y_held_out)
+    x, y = torch.from_numpy(data.images[:, None] / 8 - 1).float(), torch.from_numpy(data.target).long()
+    if resolution != 8:
+        x = F.interpolate(x, (resolution, resolution), mode="bilinear", align_corners=False)
+    train, held_out = train_test_split(range(len(y)), test_size=0.25, stratify=data.target, random_state=0)
+    return Images(x[train], y[train], 10), Images(x[held_out], y[held_out], 10)
 
 
 def load_data(recipe: TrainConfig) -> Data:
@@ -210,15 +205,7 @@ def make_loader(
     Raises:
         ValueError: the global batch does not divide, or a micro-batch cannot hold the exact share of r != t samples.
     """
-    return DataLoader(
-        SlotData(recipe, data),
-        batch_sampler=SlotBatches(recipe, len(data), start, stop, process, num_processes),
-        collate_fn=whole,
-        num_workers=recipe.workers,
-        multiprocessing_context="fork" if recipe.workers and sys.platform == "linux" else None,  # which copies no data
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def whole(batch: Any) -> Any:
-    return batch
+    batches = SlotBatches(recipe, len(data), start, stop, process, num_processes)
+    fork = "fork" if recipe.workers and sys.platform == "linux" else None  # which copies no data
+    options = {"num_workers": recipe.workers, "multiprocessing_context": fork, "pin_memory": torch.cuda.is_available()}
+    return DataLoader(SlotData(recipe, data), batch_sampler=batches, collate_fn=default_convert, **options)

@@ -146,15 +146,10 @@ def card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str
     from huggingface_hub import ModelCardData
 
     recipe, facts = (read_json(source / f"{name}.json") for name in ("recipe", "data"))
-    data = ModelCardData(
-        library_name="diffusers",
-        license=license,
-        datasets=list(datasets) or None,
-        # Of the Hub, since a folder has no revision.
-        base_model=facts["vae"].partition("@")[0] if facts.get("vae_revision") else None,
-        pipeline_tag="unconditional-image-generation",
-        tags=["meanflow", "one-step", "class-conditional" if pipe.id2label else "unconditional"],
-    )
+    tags = ["meanflow", "one-step", "class-conditional" if pipe.id2label else "unconditional"]
+    vae = facts["vae"].partition("@")[0] if facts.get("vae_revision") else None  # of the Hub: a folder has no revision
+    about = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "tags": tags}
+    data = ModelCardData(license=license, datasets=list(datasets) or None, base_model=vae, **about)
     fields = checkpoint.flatten(recipe)
     names = sorted({*fields} - checkpoint.FREE - {"init_from", "smoke"})
     return Template(Path(__file__).with_name("card.md").read_text()).substitute(

@@ -49,4 +49,4 @@ def errors_as(words: str, kind: type[ValueError] = ValueError) -> Iterator[None]
     try:
         yield
     except Exception as error:
-        raise kind(f"{words}: {first_line(error)}") from None
+        raise kind(f"{words}: {first_line(error.__cause__ or error)}") from None

@@ -93,8 +93,7 @@ class Guard:
                 return Stop(DIVERGED, f"{words}: {ADVICE}", False)
             if times[worst] > recipe.warn_at:
                 self.say(f"warning: {words}")
-        pairs = zip(raw_loss, levels)
-        self.level = [0.99 * level + 0.01 * min(now, recipe.warn_at * level) for now, level in pairs]
+        self.level = [0.99 * level + 0.01 * min(now, recipe.warn_at * level) for now, level in zip(raw_loss, levels)]
         self.observed += 1
         return None
 

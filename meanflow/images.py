@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from meanflow.files import errors_as, first_line
+from meanflow.files import errors_as
 from meanflow.pictures import middle_slices
 
 CROP = "ADM centre crop"
@@ -46,7 +46,7 @@ def open_source(source: str, split: str):
     path = Path(source).expanduser()
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "~", "/")) or path.parent.exists()):
         raise ValueError(f"{source}: no such file or folder, and no Hub id (owner/name)")
-    try:
+    with errors_as(f"{source}: datasets cannot open it"):
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(str(path))
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
@@ -59,9 +59,6 @@ def open_source(source: str, split: str):
             # All its files: datasets by itself takes a class such as bullet_train for a split.
             return datasets.load_dataset(str(path), data_files={"train": "**"}, split="train")
         return datasets.load_dataset(source, split=split)
-    except Exception as error:  # of many kinds: nothing there, no such split, a damaged file
-        reason = first_line(error.__cause__ or error)
-        raise ValueError(f"{source}: datasets cannot open it: {reason}") from None
 
 
 class Data:

@@ -45,13 +45,9 @@ class Trainer:
     def __init__(self, recipe: TrainConfig):
         self.recipe = recipe
         check_launch()
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision=recipe.mixed_precision,
-            gradient_accumulation_steps=recipe.accumulation_steps,
-            log_with=list(recipe.track) or None,
-            project_dir=recipe.out,
-        )
+        how = {"cpu": not torch.cuda.is_available(), "mixed_precision": recipe.mixed_precision}
+        how |= {"log_with": list(recipe.track) or None, "project_dir": recipe.out}
+        self.accelerator = Accelerator(gradient_accumulation_steps=recipe.accumulation_steps, **how)
         if self.accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
             raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched that do not know of each other")
         if self.accelerator.distributed_type == DistributedType.FSDP:
@@ -169,8 +165,7 @@ class Trainer:
             print(f"{self.recipe.out}: {fault}", file=sys.stderr)
         if self.pusher:
             source = folder if fault is None and folder.exists() else None
-            said = self.pusher.finish(source, fault or "there is no pipeline/", lambda: bool(guard.signal))
-            print(said, file=sys.stderr)
+            self.pusher.finish(source, fault or "there is no pipeline/", lambda: bool(guard.signal))
 
     def prepare_sharding(self) -> None:
         """For FSDP2. Accelerate would round the inputs to bfloat16, so the times: autocast does it where it may."""
@@ -260,10 +255,9 @@ class Log:
         self.run_id = progress.get("run_id", secrets.token_hex(4))
         if recipe.track:
             fields = checkpoint.flatten(checkpoint.recipe_fields(recipe))
-            config = {name: str(value) for name, value in fields.items()}
             again = {"wandb": {"id": self.run_id, "resume": "allow"}}
             again |= {"trackio": {"name": self.run_id, "resume": "allow"}}  # tensorboard's is the folder
-            accelerator.init_trackers(recipe.out.name, config, again)
+            accelerator.init_trackers(recipe.out.name, {name: str(fields[name]) for name in fields}, again)
         if accelerator.is_main_process and self.path.exists():  # forget what the resumed run will do again
             kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= self.step]
             write_whole(self.path, "".join(f"{line}\n" for line in kept))

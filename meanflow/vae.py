@@ -54,14 +54,9 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 
 def vae_facts(vae: AutoencoderKL, name: str) -> dict:
     """What a cache notes of its VAE. The revision is the Hub's commit, None of a folder."""
-    return {
-        "vae": name,
-        # A snapshot's folder has the commit's name.
-        "vae_revision": None if Path(name).expanduser().exists() else fetch(name).name,
-        "vae_sha256": fingerprint(vae),
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor,
-    }
+    revision = None if Path(name).expanduser().exists() else fetch(name).name  # a snapshot's folder is named by it
+    facts = {"vae": name, "vae_revision": revision, "vae_sha256": fingerprint(vae)}
+    return facts | {fact: vae.config[fact] for fact in ("scaling_factor", "shift_factor")}
 
 
 @torch.no_grad()

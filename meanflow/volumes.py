@@ -20,15 +20,13 @@ class Volumes(Data):
     They are taken in the units that they have, and have no classes.
 
     Raises:
-        ValueError: there is none, or one has another shape; the message names the file.
+        ValueError: one has another shape; the message names the file.
     """
 
     num_classes = 0
 
     def __init__(self, folder: Path):
         self.files = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
-        if not self.files:
-            raise ValueError(f"{folder} has no .npy or .safetensors files")
         for path in self.files:
             shape = volume(path, shape_only=True)
             self.shape = shape if path == self.files[0] else self.shape
