@@ -124,8 +124,7 @@ class Pusher:
         """Pushes source; None: nothing more, for this reason. Says what came of it."""
         end = time.monotonic() + DEADLINE
         if source is not None:
-            if self.child is not None:
-                self.wait(end, interrupted)
+            self.wait(end, interrupted)
             self.start(source)
             reason = self.wait(end, interrupted)
         if self.child is not None and self.child.poll() is None:

@@ -81,13 +81,14 @@ class LatentSpace(Data):
     """Data in the model units of latents, (latent - shift) * scale, and the way back to pixels.
 
     Args:
+        facts: what is known of the latents.
         shift, scale: a number, or one a channel.
         vae: a folder or Hub id, loaded when first needed; or the AutoencoderKL.
     """
 
-    def __init__(self, shift: float | list[float], scale: float | list[float], vae):
+    def __init__(self, facts: dict, shift: float | list[float], scale: float | list[float], vae):
+        self.facts, self.vae = {**facts, "latents": {"shift": shift, "scale": scale}}, vae
         self.shift, self.scale = (torch.tensor(a).view(-1, 1, 1) for a in (shift, scale))
-        self.vae = vae
 
     def normalize(self, latents: Tensor) -> Tensor:
         return (latents - self.shift.to(latents.device)) * self.scale.to(latents.device)
@@ -125,8 +126,7 @@ class Latents(LatentSpace):
             shift, scale = facts["channel_mean"], [1 / std for std in facts["channel_std"]]
         else:
             shift, scale = facts["shift_factor"] or 0.0, facts["scaling_factor"]
-        self.facts = {**facts, "normalization": recipe.normalization, "latents": {"shift": shift, "scale": scale}}
-        super().__init__(shift, scale, recipe.vae)
+        super().__init__({**facts, "normalization": recipe.normalization}, shift, scale, recipe.vae)
         self.moments, labels = [], []
         for shard in self.shards:
             with errors_as(f"{folder / shard['file']} is damaged"):
@@ -174,9 +174,8 @@ class EncodedImages(LatentSpace):
             raise ValueError(f"scaling_factor must be that of {recipe.vae}, {scale}, got {recipe.scaling_factor}")
         self.images, self.num_classes = images, images.num_classes
         self.shape = latent_shape(vae, recipe.resolution)
-        super().__init__(shift, scale, vae)
-        self.facts = {**images.facts, **vae_facts(vae, recipe.vae), "normalization": recipe.normalization}
-        self.facts["latents"] = {"shift": shift, "scale": scale}
+        facts = {**images.facts, **vae_facts(vae, recipe.vae), "normalization": recipe.normalization}
+        super().__init__(facts, shift, scale, vae)
 
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]):
         randoms = list(randoms)

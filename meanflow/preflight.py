@@ -40,9 +40,8 @@ def make_net(recipe: TrainConfig, data: Data) -> ModelMixin:
         net = MODELS[recipe.model](input_size=tuple(size), in_channels=channels, num_classes=data.num_classes, **sizes)
     except TypeError as error:  # it does not know a size
         raise ValueError(f"net: {recipe.model} cannot be made of {recipe.net}: {error}") from None
-    told = net.config.get("augment_dim")
-    if recipe.augment and told != 6:
-        raise ValueError(f"net.augment_dim must be 6 with augment {recipe.augment}, got {told}")
+    if recipe.augment and net.config.get("augment_dim") != 6:
+        raise ValueError(f"net.augment_dim must be 6 with augment, got {net.config.get('augment_dim')}")
     return net
 
 

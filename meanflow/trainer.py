@@ -60,8 +60,6 @@ class Trainer:
         self.accelerator.print(preflight(recipe, self.data, self.accelerator.num_processes))
         self.verify_latents()
         self.start = start = checkpoint.choose(recipe)
-        if start is not None:
-            checkpoint.together(self.accelerator, checkpoint.verify, start)
         self.net = make_net(recipe, self.data)
         if recipe.init_from and start is None:
             checkpoint.init_weights(self.net, recipe.init_from)
@@ -70,6 +68,7 @@ class Trainer:
             self.net.enable_gradient_checkpointing()
         self.averages = Averages(self.net, recipe.ema_decay)
         if start is not None:
+            checkpoint.together(self.accelerator, checkpoint.verify, start)
             checkpoint.load_networks(start, self.net, self.averages)
         objective = replace(recipe.objective, channel_weights=channel_weights(recipe.objective, self.data))
         optimizer = torch.optim.Adam(self.net.parameters(), recipe.lr, recipe.betas, fused=True)
