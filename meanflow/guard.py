@@ -76,9 +76,7 @@ class Guard:
             self.in_a_row = 0
             if (stop := self.diverges(raw_loss)) is not None:
                 return stop
-        if number:
-            return Stop(STOPPED, "a signal asked to stop", True)
-        return None
+        return Stop(STOPPED, "a signal asked to stop", True) if number else None
 
     def diverges(self, raw_loss: list[float]) -> Stop | None:
         """By the channel that grew most: the whole loss cannot have grown more."""

@@ -59,9 +59,8 @@ def push(folder: Path, repo_id: str, private: bool = True, revision: str | None 
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            old = ["net/*", "vae/*"]
-            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, delete_patterns=old)
-            return commit.commit_url
+            what = {"repo_id": repo_id, "folder_path": folder, "revision": revision}
+            return api.upload_folder(**what, delete_patterns=["net/*", "vae/*"]).commit_url
         except Exception as error:  # of many kinds, by two packages
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             refused = status in (400, 401, 403, 404) or isinstance(error, ValueError)

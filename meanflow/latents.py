@@ -120,8 +120,7 @@ class Latents(LatentSpace):
         facts = read_facts(folder)
         check_expected(folder, facts, recipe)
         self.shards = facts.pop("shards")
-        self.shape = tuple(facts["shape"][2:])
-        self.num_classes = len(facts["classes"])
+        self.shape, self.num_classes = tuple(facts["shape"][2:]), len(facts["classes"])
         if recipe.normalization == "channel":
             shift, scale = facts["channel_mean"], [1 / std for std in facts["channel_std"]]
         else:

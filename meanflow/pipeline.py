@@ -138,8 +138,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         num_inference_steps = STEPS[solver] if num_inference_steps is None else num_inference_steps
         num_classes = self.net.config.num_classes
         if (class_labels is None) == (num_classes > 0):
-            raise ValueError(f"the network has {num_classes} classes: class_labels must {'' if num_classes else 'not '}"
-                             "be given")  # fmt: skip
+            must = "must" if num_classes else "must not"
+            raise ValueError(f"class_labels {must} be given: the network has {num_classes} classes")
         device = self._execution_device
         y = None if class_labels is None else torch.tensor(self.class_ids(class_labels), device=device)
         shape = (batch_size if y is None else len(y), *self.shape)

@@ -113,8 +113,7 @@ class Trainer:
                         out = self.objective(x, y, draws, augment_labels)
                     accelerator.backward(out.loss)
                     if accelerator.sync_gradients:
-                        limit = recipe.max_grad_norm or math.inf
-                        norm = accelerator.clip_grad_norm_(self.objective.parameters(), limit)
+                        norm = accelerator.clip_grad_norm_(net.parameters(), recipe.max_grad_norm or math.inf)
                         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                         # The optimiser's fused kernel then skips this step, without waiting for the norm.
                         optimizer.optimizer.found_inf = (~norm.isfinite()).float()
