@@ -258,8 +258,7 @@ def lock(out: Path):
         file.seek(0)
         raise ValueError(f"{out} is in use by another run ({file.read().strip()}): choose another --out") from None
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return file
 
 

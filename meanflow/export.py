@@ -21,7 +21,6 @@ from meanflow.vae import fingerprint, load_vae
 from models import NETWORKS
 
 INDEX = "model_index.json"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_pipeline(
@@ -127,7 +126,7 @@ def cast(pipe: MeanFlowPipeline, dtype: str | None) -> MeanFlowPipeline:
     """The pipeline with its weights in bf16 or fp16."""
     for part in (pipe.net, pipe.vae):
         if part is not None and dtype is not None:
-            torch.nn.Module.to(part, DTYPES[dtype])  # diffusers' own warns
+            torch.nn.Module.to(part, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])  # diffusers' own warns
     return pipe
 
 

@@ -56,8 +56,7 @@ class Guard:
 
     def observe(self, raw_loss: Tensor, skipped: Tensor) -> None:
         """Notes a step: its raw loss by channel, (C,), and whether its gradient was not finite, so it was skipped."""
-        signal = torch.full_like(raw_loss[:1], self.signal)
-        mine = torch.cat([skipped.view(1), signal, raw_loss]).float()
+        mine = torch.cat([skipped.view(1), torch.full_like(raw_loss[:1], self.signal), raw_loss]).float()
         self.seen = self.accelerator.reduce(mine.unsqueeze(0), "sum")[0] / self.accelerator.num_processes
 
     def decide(self) -> Stop | None:

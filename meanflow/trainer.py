@@ -207,8 +207,7 @@ class Trainer:
 
 def check_launch() -> None:
     """Refuses the launches of accelerate that start one process where several were asked for."""
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
-    if by_accelerate and "WORLD_SIZE" not in os.environ:
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         advice = "add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml or torchrun"
         raise ValueError(f"accelerate launch was asked for several processes and started one: {advice}")
 
