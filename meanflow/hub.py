@@ -119,8 +119,8 @@ class Pusher:
             time.sleep(0.1)
         return self.fault() if self.child is not None else "it could not begin"
 
-    def finish(self, source: Path | None, reason: str, interrupted: Callable[[], bool]) -> None:
-        """Pushes source; None: nothing more, for this reason. Says what came of it."""
+    def finish(self, source: Path | None, reason: str, interrupted: Callable[[], bool]) -> str:
+        """Pushes source; None: nothing more, for this reason. Returns what is to be said."""
         end = time.monotonic() + DEADLINE
         if source is not None:
             self.wait(end, interrupted)
@@ -132,7 +132,7 @@ class Pusher:
         self.clear()
         command = f"python tools/push_to_hub.py {shlex.quote(str(self.recipe.out))} {self.recipe.push_to_hub}"
         said = f"not pushed, {reason}\nto push: {command}" if reason else "pushed"
-        print(f"{self.recipe.push_to_hub}: {said}", file=sys.stderr)
+        return f"{self.recipe.push_to_hub}: {said}"
 
 
 def link(source: str, target: str) -> None:

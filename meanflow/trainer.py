@@ -163,7 +163,8 @@ class Trainer:
             print(f"{self.recipe.out}: {fault}", file=sys.stderr)
         if self.pusher:
             source = folder if fault is None and folder.exists() else None
-            self.pusher.finish(source, fault or "there is no pipeline/", lambda: bool(guard.signal))
+            said = self.pusher.finish(source, fault or "there is no pipeline/", lambda: bool(guard.signal))
+            print(said, file=sys.stderr)
 
     def prepare_sharding(self) -> None:
         """For FSDP2. Accelerate would round the inputs to bfloat16, so the times: autocast does it where it may."""
