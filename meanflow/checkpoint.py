@@ -216,8 +216,7 @@ def load_networks(folder: Path, net: ModelMixin, averages: Averages) -> None:
 
 def load_moments(folder: Path, net: Module, optimizer: Optimizer) -> None:
     """Restores the optimiser, after the weights are sharded, or not."""
-    values = state_dict.get_optimizer_state_dict(net, optimizer)
-    values["state"] = defaultdict(dict)
+    values = state_dict.get_optimizer_state_dict(net, optimizer) | {"state": defaultdict(dict)}
     for key, value in load_file(folder / OPTIMIZER).items():
         weight, name = key.rsplit(".", 1)
         values["state"][weight][name] = value

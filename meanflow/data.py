@@ -141,8 +141,7 @@ def subset(images: Images, size: tuple[int, int]) -> Images:
     rows = [(images.y == label).nonzero()[:per_class, 0] for label in range(num_classes)]
     if any(len(row) < per_class for row in rows):
         raise ValueError(f"subset must be at most 10 classes of at most {images.y.bincount().min()}, got {size}")
-    rows = torch.cat(rows)
-    return Images(images.x[rows], images.y[rows], num_classes)
+    return Images(images.x[torch.cat(rows)], images.y[torch.cat(rows)], num_classes)
 
 
 class SlotBatches(Sampler):
