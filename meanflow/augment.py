@@ -27,7 +27,7 @@ def augment(x: Tensor, p: float, randoms: Iterable[torch.Generator]) -> tuple[Te
     scale, stretch = (torch.where(uniform[i + 1] < p, normal[i], 0.0) for i in (0, 1))
     angle = torch.where(uniform[3] < 0.5, (2 * uniform[4] - 1) * math.pi, 0.0)  # half of the stretches are along x
     shift_x, shift_y = (torch.where(uniform[5] < p, normal[i], 0.0) for i in (2, 3))
-    labels = [mirror.float(), scale, stretch * angle.cos(), stretch * angle.sin(), shift_x, shift_y]
+    labels = torch.stack([mirror.float(), scale, stretch * angle.cos(), stretch * angle.sin(), shift_x, shift_y], dim=1)
 
     def matrix(*rows) -> Tensor:  # (B, 3, 3)
         return torch.stack([torch.stack([torch.zeros_like(scale) + a for a in row], dim=-1) for row in rows], dim=1)
@@ -45,5 +45,4 @@ def augment(x: Tensor, p: float, randoms: Iterable[torch.Generator]) -> tuple[Te
     x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
     grid = F.affine_grid(place[:, :2], list(x.shape), align_corners=False)
     moved = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(-1, 1)
-    labels = torch.stack(labels, dim=1)
     return torch.where(labels[:, 1:].any(dim=1).view(-1, 1, 1, 1), moved, x), labels

@@ -16,22 +16,21 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.distributed.checkpoint import state_dict
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.ema import Averages
-from meanflow.files import checksum, first_line, sync, write_whole
+from meanflow.files import checksum, errors_as, first_line, read_json, sync, write_json
 from meanflow.hub import fetch
 from models import NETWORKS
 
@@ -67,28 +66,22 @@ def different(old: dict, new: dict, free: set[str]) -> list[tuple[str, object, o
 def check_folder(folder: Path, recipe: TrainConfig, facts: dict) -> None:
     """Refuses a run's or a checkpoint's folder of another recipe or of other data, naming the fields that differ."""
     diff = []
-    if (folder / "recipe.json").exists():
-        old, new = json.loads((folder / "recipe.json").read_text()), recipe_fields(recipe)
-        fields = different(flatten(old), flatten(new), FREE)
-        diff += [f"{name} {there} there, {here} here" for name, there, here in fields]
-    if (folder / "data.json").exists():
-        old, new = json.loads((folder / "data.json").read_text()), json.loads(json.dumps(facts))
-        fields = different(old, new, PLACES)
-        diff += [f"the data's {name} {short(there)} there, {short(here)} here" for name, there, here in fields]
+    for file, new, free, whose in (("recipe", recipe_fields(recipe), FREE, ""), ("data", facts, PLACES, "the data's ")):
+        if (folder / f"{file}.json").exists():
+            old, new = flatten(read_json(folder / f"{file}.json")), flatten(json.loads(json.dumps(new)))
+            fields = different(old, new, free)
+            diff += [f"{whose}{name} {there!s:.80} there, {here!s:.80} here" for name, there, here in fields]
     if diff:
         raise ValueError(f"{folder} belongs to another recipe ({', '.join(diff)}): choose another --out, or remove it")
 
 
-def short(value: object) -> str:
-    return text if len(text := str(value)) <= 40 else f"{text[:40]}..."
-
-
-def claim_folder(recipe: TrainConfig, facts: dict) -> None:
-    """Marks recipe.out as this recipe's, on these data."""
+def claim_folder(recipe: TrainConfig, facts: dict):
+    """Marks recipe.out as this recipe's, on these data, and locks it."""
     check_folder(recipe.out, recipe, facts)
     recipe.out.mkdir(parents=True, exist_ok=True)
-    write_whole(recipe.out / "recipe.json", json.dumps(recipe_fields(recipe), indent=2) + "\n")
-    write_whole(recipe.out / "data.json", json.dumps(facts, indent=2) + "\n")
+    write_json(recipe.out / "recipe.json", recipe_fields(recipe))
+    write_json(recipe.out / "data.json", facts)
+    return lock(recipe.out)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -97,28 +90,21 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def save(
-    accelerator: Accelerator,
-    recipe: TrainConfig,
-    facts: dict,
-    progress: dict,
-    net: ModelMixin,
-    averages: Averages,
-    optimizer: Optimizer,
+    accelerator: Accelerator, recipe: TrainConfig, note: dict, net: ModelMixin, averages: Averages, optimizer: Optimizer
 ) -> bool:
     """Saves under a temporary name, renames when all is on the disk, and prunes to recipe.keep.
 
-    progress: what step.json holds, the step among it. Returns whether it is saved; a full disk, say, is reported, and
-    the older checkpoints stay.
+    note: what data.json and step.json hold, the step among it. Returns whether it is saved; a full disk, say, is
+    reported, and the older checkpoints stay.
     """
-    folder = recipe.out / f"step-{progress['step']:08d}"
+    folder = recipe.out / f"step-{note['step']['step']:08d}"
     temporary = recipe.out / f".{folder.name}.tmp"
 
     def begin() -> None:
-        if accelerator.is_main_process:
-            remove_temporary(recipe.out)
-            temporary.mkdir(parents=True)
-            for name, fields in (("recipe", recipe_fields(recipe)), ("data", facts), ("step", progress)):
-                (temporary / f"{name}.json").write_text(json.dumps(fields, indent=2) + "\n")
+        remove_temporary(recipe.out)
+        temporary.mkdir(parents=True)
+        for name, fields in {"recipe": recipe_fields(recipe), **note}.items():
+            write_json(temporary / f"{name}.json", fields)
 
     def save_network(source: Module, place: str) -> None:
         weights = state_dict.get_model_state_dict(source, options=WHOLE)  # by all processes
@@ -129,50 +115,54 @@ def save(
             whole.save_pretrained(temporary / place)
 
     def save_moments() -> None:
-        values = moments(net, optimizer)
+        state = state_dict.get_optimizer_state_dict(net, optimizer, options=WHOLE).get("state", {})  # by all processes
         if accelerator.is_main_process:
-            save_file(values, temporary / OPTIMIZER)
+            save_file(flatten(state), temporary / OPTIMIZER)
 
     def finish() -> None:
-        if accelerator.is_main_process:
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            sums = {str(path.relative_to(temporary)): checksum(path) for path in files}
-            (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
-            for path in [*temporary.rglob("*"), temporary]:
-                sync(path)
-            if folder.exists():
-                folder.rename(recipe.out / f".{folder.name}.old.tmp")
-            temporary.rename(folder)
-            sync(recipe.out)
-            for old in checkpoints(recipe.out)[: -recipe.keep]:
-                old.rename(recipe.out / f".{old.name}.tmp")  # a kill amid its removal must not leave half in sight
-            remove_temporary(recipe.out)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        write_json(temporary / CHECKSUMS, {str(path.relative_to(temporary)): checksum(path) for path in files})
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        if folder.exists():
+            folder.rename(recipe.out / f".{folder.name}.old.tmp")
+        temporary.rename(folder)
+        sync(recipe.out)
+        for old in checkpoints(recipe.out)[: -recipe.keep]:
+            old.rename(recipe.out / f".{old.name}.tmp")  # a kill amid its removal must not leave half in sight
+        remove_temporary(recipe.out)
 
-    networks = {"model": net, **{f"ema/{decay}": average for decay, average in averages.items()}}
-    saves = [partial(save_network, source, place) for place, source in networks.items()]
-    for part in (begin, *saves, save_moments, finish):
-        if (error := together(accelerator, part)) is not None:
-            if accelerator.is_main_process:
-                shutil.rmtree(temporary, ignore_errors=True)
-            accelerator.print(f"{folder} could not be saved, the older checkpoints stay: {error}", file=sys.stderr)
-            return False
+    try:
+        together(accelerator, begin)
+        together(accelerator, save_network, net, "model", main=False)
+        for decay, average in averages.items():
+            together(accelerator, save_network, average, f"ema/{decay}", main=False)
+        together(accelerator, save_moments, main=False)
+        together(accelerator, finish)
+    except ValueError as error:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        accelerator.print(f"{folder} could not be saved, the older checkpoints stay: {error}", file=sys.stderr)
+        return False
     return True
 
 
-def moments(net: Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimiser's tensors as WEIGHT.exp_avg and the like, on the main process. By all processes."""
-    state = state_dict.get_optimizer_state_dict(net, optimizer, options=WHOLE).get("state", {})
-    return {f"{weight}.{name}": value for weight, values in state.items() for name, value in values.items()}
+def together(accelerator: Accelerator, part: Callable, *args, main: bool = True) -> Any:
+    """part(*args) of the main process (None elsewhere), or of all; all wait.
 
-
-def together(accelerator: Accelerator, part: Callable[[], None]) -> str | None:
-    """Runs a part on all processes and returns what went wrong on the first that failed, on all of them."""
-    error = None
+    Raises:
+        ValueError: on all of them, what went wrong on the first that failed.
+    """
+    result = error = None
     try:
-        part()
+        if accelerator.is_main_process or not main:
+            result = part(*args)
     except Exception as exception:  # by three packages: OSError, RuntimeError, SafetensorError
         error = first_line(exception)
-    return next((error for error in gather_object([error]) if error is not None), None)
+    errors = [error for error in gather_object([error]) if error is not None]
+    if errors:
+        raise ValueError(errors[0])
+    return result
 
 
 def remove_temporary(out: Path) -> None:
@@ -186,7 +176,7 @@ def choose(recipe: TrainConfig) -> Path | None:
     Raises:
         ValueError: recipe.resume cannot be followed.
     """
-    newest = checkpoints(recipe.out)[-1] if checkpoints(recipe.out) else None
+    newest = next(reversed(checkpoints(recipe.out)), None)
     if recipe.resume == "never" and newest:
         raise ValueError(f"resume is never, but {recipe.out} has checkpoints: choose another --out")
     if recipe.resume in ("auto", "never"):
@@ -199,10 +189,8 @@ def choose(recipe: TrainConfig) -> Path | None:
 
 def saved_step(folder: Path) -> int:
     """The step after which a checkpoint was saved."""
-    try:
-        return json.loads((folder / "step.json").read_text())["step"]
-    except (OSError, ValueError, KeyError):
-        raise ValueError(f"{folder / 'step.json'} is missing or damaged") from None
+    with errors_as(f"{folder / 'step.json'} is missing or damaged"):
+        return read_json(folder / "step.json")["step"]
 
 
 def verify(folder: Path, part: str = "") -> None:
@@ -213,10 +201,8 @@ def verify(folder: Path, part: str = "") -> None:
     """
     older = [path for path in checkpoints(folder.parent) if path.name < folder.name]
     advice = f": --resume {older[-1]} goes on from the one before" if older else ""
-    try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
-    except (OSError, ValueError):
-        raise ValueError(f"{folder / CHECKSUMS} is missing or damaged{advice}") from None
+    with errors_as(f"{folder / CHECKSUMS} is missing or damaged{advice}"):
+        sums = read_json(folder / CHECKSUMS)
     for name, value in sums.items():
         if name.startswith(part) and not ((folder / name).is_file() and checksum(folder / name) == value):
             raise ValueError(f"{folder / name} is missing or damaged{advice}")
@@ -230,13 +216,12 @@ def load_networks(folder: Path, net: ModelMixin, averages: Averages) -> None:
 
 def load_moments(folder: Path, net: Module, optimizer: Optimizer) -> None:
     """Restores the optimiser, after the weights are sharded, or not."""
-    values = state_dict.get_optimizer_state_dict(net, optimizer)
-    values["state"] = defaultdict(dict)
+    values = state_dict.get_optimizer_state_dict(net, optimizer) | {"state": defaultdict(dict)}
     for key, value in load_file(folder / OPTIMIZER).items():
         weight, name = key.rsplit(".", 1)
         values["state"][weight][name] = value
-    options = state_dict.StateDictOptions(full_state_dict=True)
-    state_dict.set_optimizer_state_dict(net, optimizer, values, options=options)
+    whole = state_dict.StateDictOptions(full_state_dict=True)
+    state_dict.set_optimizer_state_dict(net, optimizer, values, options=whole)
 
 
 def go_back(out: Path, folder: Path) -> None:
@@ -255,10 +240,8 @@ def init_weights(net: ModelMixin, source: str) -> None:
     """
     folder = fetch(source)
     folder = next((folder / name for name in ("model", "net") if (folder / name).is_dir()), folder)
-    try:
+    with errors_as(f"init_from: {source} has no weights for this network"):
         net.load_state_dict(type(net).from_pretrained(folder).state_dict())
-    except Exception as error:  # of many kinds
-        raise ValueError(f"init_from: {source} has no weights for this network: {first_line(error)}") from None
 
 
 def lock(out: Path):
@@ -274,8 +257,7 @@ def lock(out: Path):
         file.seek(0)
         raise ValueError(f"{out} is in use by another run ({file.read().strip()}): choose another --out") from None
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     return file
 
 
@@ -285,7 +267,7 @@ def load_network(folder: Path, decay: float | None = None) -> tuple[ModelMixin, 
     Raises:
         ValueError: there is no such average, or it is damaged.
     """
-    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe = read_json(folder / "recipe.json")
     decay = recipe["ema_decay"][0] if decay is None else decay
     if decay not in recipe["ema_decay"]:
         raise ValueError(f"ema must be one of {', '.join(map(str, recipe['ema_decay']))} for {folder}, got {decay}")

@@ -75,9 +75,8 @@ class MeanFlowConfig:
         for name in ("meanflow_ratio", "t_start", "t_end", "class_dropout_prob"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
         check_values(self)
-        for name in ("P_std", "norm_eps", "omega"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        check(self.P_std_r is None or self.P_std_r > 0, "P_std_r", self.P_std_r, "> 0")
+        for name in ("P_std", "P_std_r", "norm_eps", "omega"):
+            check(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "> 0")
         check(self.norm_p >= 0, "norm_p", self.norm_p, ">= 0")
         check(0 <= self.kappa < 1, "kappa", self.kappa, "in [0, 1)")
         check(self.t_start <= self.t_end, "t_start", self.t_start, f"<= t_end, which is {self.t_end}")
@@ -86,10 +85,9 @@ class MeanFlowConfig:
         computed = weights in (None, "inverse-variance")
         check(computed or (weights and min(weights) > 0), "channel_weights", weights, "> 0")
         if self.null_class == "flow":
-            limit = f"at most 1 - meanflow_ratio ({1 - self.meanflow_ratio}) with null_class flow"
-            check(
-                self.class_dropout_prob <= 1 - self.meanflow_ratio, "class_dropout_prob", self.class_dropout_prob, limit
-            )
+            flow, dropped = 1 - self.meanflow_ratio, self.class_dropout_prob
+            limit = f"at most 1 - meanflow_ratio ({flow}) with null_class flow"
+            check(dropped <= flow, "class_dropout_prob", dropped, limit)
 
     @property
     def guided(self) -> bool:
@@ -204,15 +202,8 @@ class TrainConfig:
         check(self.steps is not None or self.epochs is not None, "steps", self.steps, "given, or epochs")
         for name in ("steps", "epochs", "lr", "max_grad_norm", "resolution", "scaling_factor", "push_every"):
             check(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        for name in (
-            "global_batch",
-            "accumulation_steps",
-            "log_every",
-            "sample_every",
-            "checkpoint_every",
-            "keep",
-            "max_skipped",
-        ):
+        every = ("log_every", "sample_every", "checkpoint_every")
+        for name in (*every, "global_batch", "accumulation_steps", "keep", "max_skipped"):
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         for name in ("warn_at", "halt_at"):
             check(getattr(self, name) > 1, name, getattr(self, name), "> 1")
@@ -223,8 +214,8 @@ class TrainConfig:
             values = getattr(self, name)
             check(len(values) > 0 and all(0 <= value < 1 for value in values), name, values, "in [0, 1)")
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
-        known = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub)
-        check(known, "push_to_hub", self.push_to_hub, "a Hub id, user/name")
+        if self.push_to_hub is not None:
+            check(re.fullmatch(HUB_ID, self.push_to_hub), "push_to_hub", self.push_to_hub, "a Hub id, user/name")
         unused = self.objective.guided and self.objective.class_dropout_prob == 0
         check(not unused, "objective.class_dropout_prob", 0.0, "> 0 with guidance, which reads the null class")
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")
@@ -234,18 +225,12 @@ class TrainConfig:
 
 def smoke_test(recipe: TrainConfig) -> TrainConfig:
     """The recipe's smoke test, on any number of processes; on digits or shapes where it has no latents."""
-    data = recipe.data if recipe.vae else "digits" if recipe.resolution else "shapes"
-    return replace(
-        recipe,
-        data="digits" if recipe.data == "digits" else data,
-        flip=recipe.flip and recipe.vae is not None,
-        out=recipe.out.with_name(f"{recipe.out.name}-smoke"),
-        steps=4,
-        global_batch=max(16, 4 * int(os.environ.get("WORLD_SIZE", 1)) * recipe.accumulation_steps),
-        log_every=1,
-        sample_every=4,
-        checkpoint_every=2,
-    )
+    data, flip, out = recipe.data, recipe.flip, recipe.out.with_name(f"{recipe.out.name}-smoke")
+    if recipe.vae is None:
+        data, flip = "digits" if data == "digits" or recipe.resolution else "shapes", False
+    batch = max(16, 4 * int(os.environ.get("WORLD_SIZE", 1)) * recipe.accumulation_steps)
+    every = {"log_every": 1, "sample_every": 4, "checkpoint_every": 2}
+    return replace(recipe, data=data, flip=flip, out=out, steps=4, global_batch=batch, **every)
 
 
 def run(recipe: TrainConfig) -> None:

@@ -9,41 +9,24 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from meanflow.augment import augment
 from meanflow.config import MeanFlowConfig, TrainConfig
-from meanflow.images import ImageFiles
+from meanflow.images import Data, ImageFiles
 from meanflow.latents import LATENTS, EncodedImages, Latents
 from meanflow.noise import generator, noise
-from meanflow.pictures import middle_slices
 from meanflow.time import Draws, make_draws, order_slots
 from meanflow.volumes import SUFFIXES, Volumes, shapes
 
 
-class Data(Protocol):
-    """What a network can be trained on."""
-
-    shape: tuple[int, ...]  # of a sample as the network sees it, (C, *S)
-    num_classes: int  # 0: without classes
-    facts: dict  # what a sampler has to know, as JSON
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Any, Tensor | None]:
-        """x, (B, C, *S) float32 in model units, and y, (B,) int64; a sample's randomness is its generator's."""
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        """Images in [-1, 1] to look at, (B, 1 or 3, H, W), from model units."""
-
-
 @dataclass
-class Images:
+class Images(Data):
     """Images or volumes in memory.
 
     Args:
@@ -67,16 +50,10 @@ class Images:
 
     @property
     def facts(self) -> dict:
-        return {"count": len(self), "classes": list(map(str, range(self.num_classes))), "latents": self.latents}
-
-    def __len__(self) -> int:
-        return len(self.x)
+        return {"count": len(self.x), "classes": list(map(str, range(self.num_classes))), "latents": self.latents}
 
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Tensor, Tensor | None]:
         return self.x[indices], self.y[indices] if self.num_classes else None
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        return middle_slices(x) if x.ndim == 5 else x[:, :3]
 
 
 def digits(resolution: int = 8) -> tuple[Images, Images]:
@@ -88,16 +65,11 @@ def digits(resolution: int = 8) -> tuple[Images, Images]:
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
-    parts = train_test_split(data.images, data.target, test_size=0.25, stratify=data.target, random_state=0)
-    x_train, x_held_out, y_train, y_held_out = (torch.from_numpy(part) for part in parts)
-
-    def images(x: Tensor, y: Tensor) -> Images:
-        x = (x[:, None] / 8 - 1).float()
-        if resolution != 8:
-            x = F.interpolate(x, (resolution, resolution), mode="bilinear", align_corners=False)
-        return Images(x, y.long(), 10)
-
-    return images(x_train, y_train), images(x_held_out, y_held_out)
+    x, y = torch.from_numpy(data.images[:, None] / 8 - 1).float(), torch.from_numpy(data.target).long()
+    if resolution != 8:
+        x = F.interpolate(x, (resolution, resolution), mode="bilinear", align_corners=False)
+    train, held_out = train_test_split(range(len(y)), test_size=0.25, stratify=data.target, random_state=0)
+    return Images(x[train], y[train], 10), Images(x[held_out], y[held_out], 10)
 
 
 def load_data(recipe: TrainConfig) -> Data:
@@ -149,9 +121,8 @@ def channel_weights(objective: MeanFlowConfig, data: Data) -> tuple[float, ...] 
     rows = torch.linspace(0, len(data) - 1, min(len(data), 1024)).long().tolist()
     for row in rows:
         x = data.batch([row], [generator(0, row, "variance")])[0][0].double().flatten(1)
-        sums += torch.stack([x.mean(dim=1), x.square().mean(dim=1)])
-    mean, square = sums / len(rows)
-    variance = square - mean**2
+        sums += torch.stack([x.mean(dim=1), x.square().mean(dim=1)]) / len(rows)
+    variance = sums[1] - sums[0] ** 2
     if not (variance > 0).all():
         raise ValueError(f"channel_weights: a channel of {data.facts.get('source')} is constant, variances {variance}")
     return tuple((1 / variance).tolist())
@@ -160,8 +131,7 @@ def channel_weights(objective: MeanFlowConfig, data: Data) -> tuple[float, ...] 
 def random_latents(recipe: TrainConfig) -> Images:
     """A smoke test's data: 256 latents as Stable Diffusion's VAE shapes them, of 1,000 classes."""
     size, random = recipe.resolution // 8, torch.Generator().manual_seed(0)
-    x = torch.randn(256, 4, size, size, generator=random)
-    y = torch.randint(1000, (256,), generator=random)
+    x, y = torch.randn(256, 4, size, size, generator=random), torch.randint(1000, (256,), generator=random)
     return Images(x, y, num_classes=1000, latents={"shift": 0.0, "scale": recipe.scaling_factor})
 
 
@@ -171,8 +141,7 @@ def subset(images: Images, size: tuple[int, int]) -> Images:
     rows = [(images.y == label).nonzero()[:per_class, 0] for label in range(num_classes)]
     if any(len(row) < per_class for row in rows):
         raise ValueError(f"subset must be at most 10 classes of at most {images.y.bincount().min()}, got {size}")
-    rows = torch.cat(rows)
-    return Images(images.x[rows], images.y[rows], num_classes)
+    return Images(images.x[torch.cat(rows)], images.y[torch.cat(rows)], num_classes)
 
 
 class SlotBatches(Sampler):
@@ -186,10 +155,8 @@ class SlotBatches(Sampler):
         self.process, self.num_processes = process, num_processes
         self.micro_batch, rest = divmod(recipe.global_batch, num_processes * recipe.accumulation_steps)
         if rest:
-            raise ValueError(
-                f"global_batch must be a multiple of processes x accumulation_steps "
-                f"({num_processes} x {recipe.accumulation_steps}), got {recipe.global_batch}"
-            )
+            parts = f"processes x accumulation_steps ({num_processes} x {recipe.accumulation_steps})"
+            raise ValueError(f"global_batch must be a multiple of {parts}, got {recipe.global_batch}")
         order_slots(recipe.objective, range(self.micro_batch), recipe.global_batch)  # refuses an inexact share now
 
     def __len__(self) -> int:
@@ -204,9 +171,8 @@ class SlotBatches(Sampler):
                 for slot in order_slots(self.recipe.objective, range(first, first + self.micro_batch), G):
                     if slot // self.num_images != epoch:
                         epoch = slot // self.num_images
-                        order = torch.randperm(
-                            self.num_images, generator=generator(self.recipe.seed, epoch, "order")
-                        ).tolist()
+                        random = generator(self.recipe.seed, epoch, "order")
+                        order = torch.randperm(self.num_images, generator=random).tolist()
                     batch.append((order[slot % self.num_images], slot))
                 yield batch
 
@@ -224,9 +190,9 @@ class SlotData(Dataset):
         draws = make_draws(recipe.objective, shape, recipe.seed, slots, recipe.global_batch)
         if recipe.fixed_noise:
             draws.e.copy_(noise(recipe.seed, indices, shape))
-        labels = None
-        if recipe.augment:
-            x, labels = augment(x, recipe.augment, (generator(recipe.seed, slot, "augment") for slot in slots))
+        if not recipe.augment:
+            return x, y, draws, None
+        x, labels = augment(x, recipe.augment, (generator(recipe.seed, slot, "augment") for slot in slots))
         return x, y, draws, labels
 
 
@@ -239,15 +205,6 @@ def make_loader(
         ValueError: the global batch does not divide, or a micro-batch cannot hold the exact share of r != t samples.
     """
     batches = SlotBatches(recipe, len(data), start, stop, process, num_processes)
-    return DataLoader(
-        SlotData(recipe, data),
-        batch_sampler=batches,
-        collate_fn=whole,
-        num_workers=recipe.workers,
-        multiprocessing_context="fork" if recipe.workers and sys.platform == "linux" else None,  # which copies no data
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def whole(batch: Any) -> Any:
-    return batch
+    fork = "fork" if recipe.workers and sys.platform == "linux" else None  # which copies no data
+    options = {"num_workers": recipe.workers, "multiprocessing_context": fork, "pin_memory": torch.cuda.is_available()}
+    return DataLoader(SlotData(recipe, data), batch_sampler=batches, collate_fn=default_convert, **options)

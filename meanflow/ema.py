@@ -8,23 +8,13 @@ class Averages:
     """Averages of net's weights, each starting as a copy; no warm-up of the decay."""
 
     def __init__(self, net: nn.Module, decays: tuple[float, ...]):
-        self.nets = {
-            # ema-pytorch's own defaults average every 10th step, after the 100th, and keep the online net inside.
-            # Buffers are copied: sharded weights and whole buffers cannot be averaged in one call.
-            decay: EMA(
-                net,
-                beta=decay,
-                update_every=1,
-                update_after_step=0,
-                include_online_model=False,
-                use_foreach=True,
-                param_or_buffer_names_no_ema={name for name, _ in net.named_buffers()},
-            )
-            for decay in decays
-        }
+        # Buffers are copied: sharded weights and whole buffers cannot be averaged in one call.
+        buffers = {name for name, _ in net.named_buffers()}
+        options = {"include_online_model": False, "use_foreach": True, "param_or_buffer_names_no_ema": buffers}
+        self.nets = {decay: EMA(net, beta=decay, **options) for decay in decays}
 
     def update(self, net: nn.Module) -> None:
-        """ema = decay * ema + (1 - decay) * net. (EMA.update() would copy at first and then warm its decay up.)"""
+        """ema = decay * ema + (1 - decay) * net. (EMA.update() would skip most steps and warm its decay up.)"""
         for decay, ema in self.nets.items():
             ema.update_moving_average(ema.ema_model, net, current_decay=decay)
 

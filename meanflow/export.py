@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 
 from meanflow import checkpoint
 from meanflow.config import MeanFlowConfig
-from meanflow.files import first_line
+from meanflow.files import first_line, read_json
 from meanflow.hub import fetch
 from meanflow.pictures import middle_slices, save_grid
 from meanflow.pipeline import MeanFlowPipeline
@@ -21,7 +21,6 @@ from meanflow.vae import fingerprint, load_vae
 from models import NETWORKS
 
 INDEX = "model_index.json"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_pipeline(
@@ -44,13 +43,12 @@ def load_pipeline(
     if variant is not None:
         raise ValueError(f"variant {variant} is for exported folders, and {folder} is a checkpoint")
     with named(folder):
-        recipe, facts = (json.loads((folder / f"{name}.json").read_text()) for name in ("recipe", "data"))
+        recipe, facts = (read_json(folder / f"{name}.json") for name in ("recipe", "data"))
         net, _ = checkpoint.load_network(folder, ema)
         vae = load_vae(recipe["vae"]) if recipe["vae"] else None
         if vae is not None and facts.get("vae_sha256") not in (None, fingerprint(vae)):
             raise ValueError(f"vae: {recipe['vae']} has other weights than in training")
-        names = dict(enumerate(facts["classes"]))
-        return MeanFlowPipeline(net, vae, recipe["objective"], names, facts.get("latents"))
+        return MeanFlowPipeline(net, vae, recipe["objective"], dict(enumerate(facts["classes"])), facts.get("latents"))
 
 
 @contextmanager
@@ -58,11 +56,9 @@ def named(place: str | Path) -> Iterator[None]:
     """Makes an error of a file's content, of many kinds by three packages, one that names the place."""
     try:
         yield
-    except ValueError as error:
+    except Exception as error:
         if type(error) is ValueError:
             raise  # by us: it says enough
-        raise ValueError(f"{place} is damaged: {first_line(error)}") from None
-    except Exception as error:
         raise ValueError(f"{place} cannot be loaded, {type(error).__name__}: {first_line(error)}") from None
 
 
@@ -77,11 +73,10 @@ def find_checkpoint(folder: Path) -> Path:
 def read_export(folder: Path, variant: str | None) -> MeanFlowPipeline:
     """Without running the code that lies there."""
     with named(f"variant {variant} of {folder}" if variant else folder):
-        index = json.loads((folder / INDEX).read_text())
-        net = NETWORKS[index["net"][1]].from_pretrained(folder / "net", variant=variant, use_safetensors=True)
-        vae = None
-        if (index.get("vae") or [None])[0]:
-            vae = AutoencoderKL.from_pretrained(folder / "vae", variant=variant, use_safetensors=True)
+        index, how = read_json(folder / INDEX), {"variant": variant, "use_safetensors": True}
+        net = NETWORKS[index["net"][1]].from_pretrained(folder / "net", **how)
+        has_vae = (index.get("vae") or [None])[0]
+        vae = AutoencoderKL.from_pretrained(folder / "vae", **how) if has_vae else None
         facts = {name: index.get(name) for name in ("objective", "id2label", "latents", "sampling")}
         return MeanFlowPipeline(net.eval(), vae, **facts)
 
@@ -131,7 +126,7 @@ def cast(pipe: MeanFlowPipeline, dtype: str | None) -> MeanFlowPipeline:
     """The pipeline with its weights in bf16 or fp16."""
     for part in (pipe.net, pipe.vae):
         if part is not None and dtype is not None:
-            torch.nn.Module.to(part, DTYPES[dtype])  # diffusers' own warns
+            torch.nn.Module.to(part, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])  # diffusers' own warns
     return pipe
 
 
@@ -149,27 +144,20 @@ def card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str
     """The model card. It names no place on this machine: fields that do are left out of the recipe."""
     from huggingface_hub import ModelCardData
 
-    recipe, facts, progress = (json.loads((source / f"{name}.json").read_text()) for name in ("recipe", "data", "step"))
-    data = ModelCardData(
-        library_name="diffusers",
-        license=license,
-        datasets=list(datasets) or None,
-        # Of the Hub, since a folder has no revision.
-        base_model=facts["vae"].partition("@")[0] if facts.get("vae_revision") else None,
-        pipeline_tag="unconditional-image-generation",
-        tags=["meanflow", "one-step", "class-conditional" if pipe.id2label else "unconditional"],
-    )
+    recipe, facts = (read_json(source / f"{name}.json") for name in ("recipe", "data"))
+    tags = ["meanflow", "one-step", "class-conditional" if pipe.id2label else "unconditional"]
+    vae = facts["vae"].partition("@")[0] if facts.get("vae_revision") else None  # of the Hub: a folder has no revision
+    about = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "tags": tags}
+    data = ModelCardData(license=license, datasets=list(datasets) or None, base_model=vae, **about)
     fields = checkpoint.flatten(recipe)
     names = sorted({*fields} - checkpoint.FREE - {"init_from", "smoke"})
     return Template(Path(__file__).with_name("card.md").read_text()).substitute(
-        pipe.config.sampling,  # solver, num_inference_steps
+        {**recipe, **pipe.config.sampling},  # model, global_batch; solver, num_inference_steps
         metadata=data.to_yaml(),
-        model=recipe["model"],
         shape="x".join(map(str, pipe.shape)),
         kind="A MeanFlow" if pipe.config.sampling["solver"] == "meanflow" else "A flow-matching",
         parameters=f"{parameters(pipe.net):,}",
-        steps=f"{progress['step']:,}",
-        global_batch=recipe["global_batch"],
+        steps=f"{checkpoint.saved_step(source):,}",
         num_classes=len(pipe.id2label),
         guidance=guidance_in_words(MeanFlowConfig(**recipe["objective"])),
         call=f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4",
@@ -182,7 +170,7 @@ def metrics(path: Path) -> str:
     """What was measured on the run, as a table: of {row: {metric: value}}."""
     if not path.is_file():
         return ""
-    rows = json.loads(path.read_text())
+    rows = read_json(path)
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [f"| | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * (len(names) + 1) + "|"]
     for label, row in rows.items():

@@ -1,8 +1,19 @@
 """Files that are whole or not there."""
 
 import hashlib
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, fields: dict) -> None:
+    write_whole(path, json.dumps(fields, indent=2) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -30,3 +41,12 @@ def checksum(path: Path) -> str:
 def first_line(error: Exception) -> str:
     """What an error says, for a message of one line."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+@contextmanager
+def errors_as(words: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Makes an error, of the many kinds that packages raise, one of ours in one line: the words, then what it says."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{words}: {first_line(error.__cause__ or error)}") from None

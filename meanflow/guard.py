@@ -56,8 +56,7 @@ class Guard:
 
     def observe(self, raw_loss: Tensor, skipped: Tensor) -> None:
         """Notes a step: its raw loss by channel, (C,), and whether its gradient was not finite, so it was skipped."""
-        signal = torch.full_like(raw_loss[:1], self.signal)
-        mine = torch.cat([skipped.view(1), signal, raw_loss]).float()
+        mine = torch.cat([skipped.view(1), torch.full_like(raw_loss[:1], self.signal), raw_loss]).float()
         self.seen = self.accelerator.reduce(mine.unsqueeze(0), "sum")[0] / self.accelerator.num_processes
 
     def decide(self) -> Stop | None:
@@ -70,16 +69,13 @@ class Guard:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             self.say(f"a gradient was not finite: step skipped, the {self.in_a_row}. in a row, {self.skipped} in all")
             if self.in_a_row >= recipe.max_skipped:
-                return Stop(
-                    DIVERGED, f"{self.in_a_row} steps in a row had gradients that are not finite: {ADVICE}", False
-                )
+                words = f"{self.in_a_row} steps in a row had gradients that are not finite"
+                return Stop(DIVERGED, f"{words}: {ADVICE}", False)
         else:
             self.in_a_row = 0
             if (stop := self.diverges(raw_loss)) is not None:
                 return stop
-        if number:
-            return Stop(STOPPED, "a signal asked to stop", True)
-        return None
+        return Stop(STOPPED, "a signal asked to stop", True) if number else None
 
     def diverges(self, raw_loss: list[float]) -> Stop | None:
         """By the channel that grew most: the whole loss cannot have grown more."""
@@ -94,8 +90,7 @@ class Guard:
                 return Stop(DIVERGED, f"{words}: {ADVICE}", False)
             if times[worst] > recipe.warn_at:
                 self.say(f"warning: {words}")
-        pairs = zip(raw_loss, levels)
-        self.level = [0.99 * level + 0.01 * min(now, recipe.warn_at * level) for now, level in pairs]
+        self.level = [0.99 * level + 0.01 * min(now, recipe.warn_at * level) for now, level in zip(raw_loss, levels)]
         self.observed += 1
         return None
 

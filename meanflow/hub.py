@@ -35,15 +35,13 @@ def fetch(source: str | Path, revision: str | None = None, variant: str | None =
         raise ValueError(f"{source}: no such folder")
     from huggingface_hub import snapshot_download
 
-    other = [f"*.{name}*" for name in ("bf16", "fp16") if name != variant]
+    patterns = {"allow_patterns": ["*.json", "*.safetensors"]}
+    patterns["ignore_patterns"] = [f"*.{name}*" for name in ("bf16", "fp16") if name != variant]
     try:
-        found = snapshot_download(
-            repo_id, revision=revision or at or None, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=other
-        )
+        return Path(snapshot_download(repo_id, revision=revision or at or None, **patterns))
     except Exception as error:  # of many kinds, by two packages
         reason = " ".join(str(error).split()) or repr(error)
         raise ValueError(f"{source} is no folder, and from the Hub it cannot be had: {reason}") from None
-    return Path(found)
 
 
 def push(folder: Path, repo_id: str, private: bool = True, revision: str | None = None) -> str:
@@ -61,9 +59,8 @@ def push(folder: Path, repo_id: str, private: bool = True, revision: str | None 
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, delete_patterns=["net/*", "vae/*"]
-            ).commit_url
+            what = {"repo_id": repo_id, "folder_path": folder, "revision": revision}
+            return api.upload_folder(**what, delete_patterns=["net/*", "vae/*"]).commit_url
         except Exception as error:  # of many kinds, by two packages
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             refused = status in (400, 401, 403, 404) or isinstance(error, ValueError)
@@ -95,10 +92,8 @@ class Pusher:
             with self.log.open("a") as log:
                 self.said = log.tell()
                 # In a session of its own: a Ctrl-C is the run's, which decides. It ends with the run, by its stdin.
-                self.child = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
-                    env={**alone, "CUDA_VISIBLE_DEVICES": ""},
-                )  # fmt: skip
+                how = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "start_new_session": True}
+                self.child = subprocess.Popen(command, **how, env={**alone, "CUDA_VISIBLE_DEVICES": ""})
         except OSError as error:
             print(f"{self.recipe.push_to_hub}: no push, {first_line(error)}", file=sys.stderr)
             self.child = None
@@ -128,8 +123,7 @@ class Pusher:
         """Pushes source; None: nothing more, for this reason. Returns what is to be said."""
         end = time.monotonic() + DEADLINE
         if source is not None:
-            if self.child is not None:
-                self.wait(end, interrupted)
+            self.wait(end, interrupted)
             self.start(source)
             reason = self.wait(end, interrupted)
         if self.child is not None and self.child.poll() is None:

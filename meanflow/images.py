@@ -1,8 +1,9 @@
-"""Image files of any source that datasets reads, cropped as ImageNet's reference statistics assume."""
+"""What data are; image files of any source that datasets reads, cropped as ImageNet's reference statistics assume."""
 
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from meanflow.files import first_line
+from meanflow.files import errors_as
+from meanflow.pictures import middle_slices
 
 CROP = "ADM centre crop"
 
@@ -44,11 +46,10 @@ def open_source(source: str, split: str):
     path = Path(source).expanduser()
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "~", "/")) or path.parent.exists()):
         raise ValueError(f"{source}: no such file or folder, and no Hub id (owner/name)")
-    try:
-        if (path / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(path))[split]
-        if (path / "state.json").exists():
-            return datasets.load_from_disk(str(path))
+    with errors_as(f"{source}: datasets cannot open it"):
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            saved = datasets.load_from_disk(str(path))
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         if path.is_file():
             return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
         if path.is_dir():
@@ -58,16 +59,31 @@ def open_source(source: str, split: str):
             # All its files: datasets by itself takes a class such as bullet_train for a split.
             return datasets.load_dataset(str(path), data_files={"train": "**"}, split="train")
         return datasets.load_dataset(source, split=split)
-    except Exception as error:  # of many kinds: nothing there, no such split, a damaged file
-        reason = first_line(error.__cause__ or error)
-        raise ValueError(f"{source}: datasets cannot open it: {reason}") from None
+
+
+class Data:
+    """What a network can be trained on."""
+
+    shape: tuple[int, ...]  # of a sample as the network sees it, (C, *S)
+    num_classes: int  # 0: without classes
+    facts: dict  # what a sampler has to know, as JSON; count: of the samples
+
+    def __len__(self) -> int:
+        return self.facts["count"]
+
+    def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Any, Tensor | None]:
+        """x, (B, C, *S) float32 in model units, and y, (B,) int64; a sample's randomness is its generator's."""
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1] to look at, (B, 1 or 3, H, W), from model units."""
+        return middle_slices(x) if x.ndim == 5 else x[:, :3]
 
 
 class UnreadableImage(ValueError):
     """An image that cannot be decoded; the message names it."""
 
 
-class ImageFiles:
+class ImageFiles(Data):
     """Images of a source, (3, size, size) in [-1, 1], and their classes, if a column has any.
 
     The first column of type Image counts, and the first ClassLabel or one called label. Without crop images must have
@@ -89,24 +105,22 @@ class ImageFiles:
         image = next((name for name, kind in kinds.items() if isinstance(kind, datasets.Image)), None)
         if image is None:
             raise ValueError(f"{source} has no column of images, only {', '.join(kinds)}")
-        label = next((name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), None)
-        label = label or ("label" if "label" in kinds else None)
+        label = "label" if "label" in kinds else None
+        label = next((name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), label)
         self.files = rows.select_columns(image).cast_column(image, datasets.Image(decode=False)).with_format(None)
         self.column, self.classes, self.labels = image, [], None
         if label is not None:
-            labels = rows.with_format(None)[label][:]
-            if any(value is None for value in labels):
+            labels, kind = rows.with_format(None)[label][:], kinds[label]
+            if None in labels:
                 raise ValueError(f"{self.name(labels.index(None))} has no label")
             if not all(isinstance(value, int) for value in labels):
-                raise ValueError(f"{source}: column {label} must hold classes as integers, got {kinds[label]}")
+                raise ValueError(f"{source}: column {label} must hold classes as integers, got {kind}")
             self.labels = torch.tensor(labels)
-            kind = kinds[label]
-            names = kind.names if isinstance(kind, datasets.ClassLabel) else range(1 + int(self.labels.max()))
-            self.classes = [str(name) for name in names]
-            wrong = ((self.labels < 0) | (self.labels >= len(self.classes))).nonzero()
-            if len(wrong):
-                row = int(wrong[0])
-                raise ValueError(f"{self.name(row)}: its label must be in [0, {len(self.classes)}), got {labels[row]}")
+            names = kind.names if isinstance(kind, datasets.ClassLabel) else range(1 + max(labels))
+            self.classes = list(map(str, names))
+            for row, value in enumerate(labels):
+                if not 0 <= value < len(names):
+                    raise ValueError(f"{self.name(row)}: its label must be in [0, {len(names)}), got {value}")
         self.num_classes = len(self.classes)
         self.facts = {"source": source, "split": split, "resolution": size, "classes": self.classes}
         self.facts |= {"transform": CROP if crop else None, "count": len(rows)}
@@ -114,9 +128,6 @@ class ImageFiles:
         if not crop:
             bar = tqdm(range(len(rows)), "images", unit="image", mininterval=1, disable=len(rows) < 10_000)
             self.memory = torch.stack([self.pixels(row) for row in bar])
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     def name(self, index: int) -> str:
         return (self.files[index][self.column] or {}).get("path") or f"{self.source}, row {index}"
@@ -128,15 +139,12 @@ class ImageFiles:
             UnreadableImage: naming it.
         """
         file = self.files[index][self.column]
-        try:
+        with errors_as(f"{self.name(index)} is no readable image", UnreadableImage):
             with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
                 cropped = center_crop(image, self.shape[-1]) if self.crop else image.convert("RGB")
-        except Exception as error:  # of many kinds, by each format's decoder
-            raise UnreadableImage(f"{self.name(index)} is no readable image: {error}") from None
         if cropped.size != self.shape[1:]:
-            width, height = cropped.size
-            size = f"{self.shape[1]} x {self.shape[2]}"
-            raise UnreadableImage(f"{self.name(index)} is {height} x {width}, not {size}: --crop cuts it")
+            (width, height), size = cropped.size, self.shape[1]
+            raise UnreadableImage(f"{self.name(index)} is {height} x {width}, not {size} x {size}: --crop cuts it")
         return torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1)
 
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Tensor, Tensor | None]:
@@ -147,6 +155,3 @@ class ImageFiles:
             flips = torch.tensor([bool(torch.rand((), generator=random) < 0.5) for random in randoms])
             x = torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
         return x, self.labels[torch.as_tensor(indices)] if self.num_classes else None
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        return x

@@ -10,7 +10,6 @@ The moments are the VAE's own, neither shifted nor scaled. tools/cache_latents.p
 
 import bisect
 import itertools
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from meanflow.config import TrainConfig
-from meanflow.files import checksum
-from meanflow.images import ImageFiles
+from meanflow.files import checksum, errors_as, read_json
+from meanflow.images import Data, ImageFiles
 from meanflow.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_facts
 
 LATENTS = "latents.json"
@@ -38,11 +37,9 @@ def read_facts(folder: Path) -> dict:
         if (folder / ".progress").exists():
             raise ValueError(f"{folder} is unfinished: give tools/cache_latents.py the same command again")
         raise ValueError(f"{folder} has no {LATENTS}: make it with tools/cache_latents.py")
-    try:
-        facts = json.loads((folder / LATENTS).read_text())
+    with errors_as(f"{folder / LATENTS} is damaged"):
+        facts = read_json(folder / LATENTS)
         shards = facts["shards"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / LATENTS} is damaged: {error!r}") from None
     for shard in shards:
         path = folder / shard["file"]
         if not path.is_file():
@@ -70,31 +67,28 @@ def check_expected(folder: Path, facts: dict, recipe: TrainConfig) -> None:
     if facts["vae_sha256"] and recipe.vae and Path(recipe.vae).expanduser().is_dir():
         weights = fingerprint(load_vae(recipe.vae))
         if weights != facts["vae_sha256"]:
-            raise ValueError(
-                f"{folder} was made by another VAE than {recipe.vae}: by {facts['vae']}, with weights of SHA-256 "
-                f"{str(facts['vae_sha256'])[:12]}..., not {weights[:12]}..."
-            )
+            there = f"by {facts['vae']}, with weights of SHA-256 {facts['vae_sha256'][:12]}..., not {weights[:12]}..."
+            raise ValueError(f"{folder} was made by another VAE than {recipe.vae}: {there}")
     elif facts["vae"] != recipe.vae:
         wrong.insert(0, "vae")
     if wrong:
         diff = ", ".join(f"{name} {facts[name]} there, {getattr(recipe, name)} here" for name in wrong)
         flags = " ".join(f"--{name.replace('_', '-')} {facts[name]}" for name in wrong)
-        raise ValueError(
-            f"{folder} holds other latents than the recipe expects ({diff}): make them anew, or say {flags}"
-        )
+        raise ValueError(f"{folder} holds latents of other settings ({diff}): make them anew, or say {flags}")
 
 
-class LatentSpace:
-    """Model units of latents, (latent - shift) * scale, and the way back to pixels.
+class LatentSpace(Data):
+    """Data in the model units of latents, (latent - shift) * scale, and the way back to pixels.
 
     Args:
+        facts: what is known of the latents.
         shift, scale: a number, or one a channel.
         vae: a folder or Hub id, loaded when first needed; or the AutoencoderKL.
     """
 
-    def __init__(self, shift: float | list[float], scale: float | list[float], vae):
+    def __init__(self, facts: dict, shift: float | list[float], scale: float | list[float], vae):
+        self.facts, self.vae = {**facts, "latents": {"shift": shift, "scale": scale}}, vae
         self.shift, self.scale = (torch.tensor(a).view(-1, 1, 1) for a in (shift, scale))
-        self.vae = vae
 
     def normalize(self, latents: Tensor) -> Tensor:
         return (latents - self.shift.to(latents.device)) * self.scale.to(latents.device)
@@ -112,7 +106,7 @@ class LatentSpace:
         return decode(self.vae.to(x.device), x / self.scale.to(x.device) + self.shift.to(x.device))
 
 
-class Latents:
+class Latents(LatentSpace):
     """The latents of a cache, in model units, drawn anew from the VAE's posterior at each visit.
 
     Raises:
@@ -126,17 +120,15 @@ class Latents:
         facts = read_facts(folder)
         check_expected(folder, facts, recipe)
         self.shards = facts.pop("shards")
-        self.shape = tuple(facts["shape"][2:])
-        self.num_classes = len(facts["classes"])
+        self.shape, self.num_classes = tuple(facts["shape"][2:]), len(facts["classes"])
         if recipe.normalization == "channel":
             shift, scale = facts["channel_mean"], [1 / std for std in facts["channel_std"]]
         else:
             shift, scale = facts["shift_factor"] or 0.0, facts["scaling_factor"]
-        self.facts = {**facts, "normalization": recipe.normalization, "latents": {"shift": shift, "scale": scale}}
-        self.space = LatentSpace(shift, scale, recipe.vae)
+        super().__init__({**facts, "normalization": recipe.normalization}, shift, scale, recipe.vae)
         self.moments, labels = [], []
         for shard in self.shards:
-            try:
+            with errors_as(f"{folder / shard['file']} is damaged"):
                 with pa.memory_map(str(folder / shard["file"])) as file:
                     table = pa.ipc.open_stream(file).read_all()
                 column = table["moments"].chunk(0)
@@ -145,13 +137,8 @@ class Latents:
                     column = column.flatten()
                 self.moments.append(column.to_numpy().reshape(-1, *facts["shape"]))
                 labels.append(table["label"].to_numpy())
-            except (pa.ArrowInvalid, OSError, KeyError, ValueError) as error:
-                raise ValueError(f"{folder / shard['file']} is damaged: {error}") from None
         self.labels = torch.from_numpy(np.concatenate(labels))
         self.ends = list(itertools.accumulate(map(len, labels)))
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def read(self, indices: Sequence[int], flips: Sequence[int]) -> Tensor:
         """The moments of these images, (B, 2, C, H, W) float16; flip 1 is the mirror image."""
@@ -168,13 +155,10 @@ class Latents:
             noise[row].normal_(generator=random)
         mean, std = self.read(indices, flips).float().unbind(1)
         y = self.labels[torch.as_tensor(indices)] if self.num_classes else None
-        return self.space.normalize(torch.addcmul(mean, std, noise)), y
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        return self.space.to_pixels(x)
+        return self.normalize(torch.addcmul(mean, std, noise)), y
 
 
-class EncodedImages:
+class EncodedImages(LatentSpace):
     """Image files that go through the VAE at each visit, on the training device. For small jobs: a cache is faster.
 
     A batch's x is (pixels, noise); `encode` makes it model units.
@@ -189,12 +173,8 @@ class EncodedImages:
             raise ValueError(f"scaling_factor must be that of {recipe.vae}, {scale}, got {recipe.scaling_factor}")
         self.images, self.num_classes = images, images.num_classes
         self.shape = latent_shape(vae, recipe.resolution)
-        self.space = LatentSpace(shift, scale, vae)
-        self.facts = {**images.facts, **vae_facts(vae, recipe.vae), "normalization": recipe.normalization}
-        self.facts["latents"] = {"shift": shift, "scale": scale}
-
-    def __len__(self) -> int:
-        return len(self.images)
+        facts = {**images.facts, **vae_facts(vae, recipe.vae), "normalization": recipe.normalization}
+        super().__init__(facts, shift, scale, vae)
 
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]):
         randoms = list(randoms)
@@ -202,8 +182,5 @@ class EncodedImages:
         return (pixels, torch.stack([torch.randn(self.shape, generator=random) for random in randoms])), y
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        mean, std = encode(self.space.vae.to(pixels.device), pixels)
-        return self.space.normalize(mean + std * noise)
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        return self.space.to_pixels(x)
+        mean, std = encode(self.vae.to(pixels.device), pixels)
+        return self.normalize(mean + std * noise)

@@ -74,10 +74,8 @@ class MeanFlowPipeline(DiffusionPipeline):
             if len(found) != 1:
                 near = [f"{index}, {self.id2label[index]!r}" for index in found]
                 near = near or list(map(repr, difflib.get_close_matches(label, names, n=3)))
-                raise ValueError(
-                    f"{'several classes are' if found else 'no class'} {label!r}"
-                    + (f": is it {' or '.join(near)}?" if near else "")
-                )
+                hint = f": is it {' or '.join(near)}?" if near else ""
+                raise ValueError(f"{'several classes are' if found else 'no class'} {label!r}{hint}")
             if not 0 <= found[0] < num_classes:
                 raise ValueError(f"class must be in [0, {num_classes}), got {found[0]}")
             ids += found
@@ -91,26 +89,22 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError("solver meanflow cannot sample a network of plain flow matching: use euler with 50 steps")
         if guidance_scale is None:
             return
-        trained = self.config.sampling["guidance_scale"]
+        trained, scale = self.config.sampling["guidance_scale"], f"guidance_scale {guidance_scale:g}"
         if not self.net.config.num_classes:
-            raise ValueError(
-                f"guidance_scale {guidance_scale:g} needs classes, and this network has none: leave it out"
-            )
+            raise ValueError(f"{scale} needs classes, and this network has none: leave it out")
         if trained is not None and abs(guidance_scale - trained) > 1e-3 * trained:
-            raise ValueError(
-                f"guidance is trained into this network, at scale {trained:.4g}, and costs nothing; "
-                f"{guidance_scale:g} cannot be had by sampling: leave it out, or train with another omega or kappa"
-            )
-        if trained is None and guidance_scale != 1 and self.objective.class_dropout_prob == 0:
-            raise ValueError(
-                f"guidance_scale {guidance_scale:g} needs the null class, which this network never learned "
-                "(class_dropout_prob 0): leave it out"
-            )
-        if trained is None and guidance_scale != 1 and solver == "meanflow" and self.objective.null_class == "flow":
-            raise ValueError(
-                f"guidance_scale {guidance_scale:g} needs the null class at r < t, which this network learned at r = t "
-                "alone (null_class flow): leave it out, or use solver euler with 50 steps"
-            )
+            fact = f"guidance is trained into this network, at scale {trained:.4g}, and costs nothing"
+            advice = "leave it out, or train with another omega or kappa"
+            raise ValueError(f"{fact}; {guidance_scale:g} cannot be had by sampling: {advice}")
+        if trained is not None or guidance_scale == 1:
+            return
+        if self.objective.class_dropout_prob == 0:
+            fact = "which this network never learned (class_dropout_prob 0)"
+            raise ValueError(f"{scale} needs the null class, {fact}: leave it out")
+        if solver == "meanflow" and self.objective.null_class == "flow":
+            fact = "which this network learned at r = t alone (null_class flow)"
+            advice = "leave it out, or use solver euler with 50 steps"
+            raise ValueError(f"{scale} needs the null class at r < t, {fact}: {advice}")
 
     @torch.no_grad()
     def __call__(
@@ -144,8 +138,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         num_inference_steps = STEPS[solver] if num_inference_steps is None else num_inference_steps
         num_classes = self.net.config.num_classes
         if (class_labels is None) == (num_classes > 0):
-            raise ValueError(f"the network has {num_classes} classes: class_labels must {'' if num_classes else 'not '}"
-                             "be given")  # fmt: skip
+            must = "must" if num_classes else "must not"
+            raise ValueError(f"class_labels {must} be given: the network has {num_classes} classes")
         device = self._execution_device
         y = None if class_labels is None else torch.tensor(self.class_ids(class_labels), device=device)
         shape = (batch_size if y is None else len(y), *self.shape)
@@ -177,9 +171,8 @@ class MeanFlowPipeline(DiffusionPipeline):
 
     def to_images(self, z: Tensor, output_type: str):
         if output_type != "latent" and self.vae is not None:
-            shift, scale = (
-                torch.tensor(self.config.latents[name], device=z.device).view(-1, 1, 1) for name in ("shift", "scale")
-            )
+            facts = self.config.latents
+            shift, scale = (torch.tensor(facts[a], device=z.device).view(-1, 1, 1) for a in ("shift", "scale"))
             z = self.vae.decode((z / scale + shift).to(self.vae.dtype)).sample
         if z.ndim == 5:
             return z.float().cpu().numpy() if output_type in ("pil", "np") else z.float()
@@ -190,12 +183,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, **options)
         folder, here, network = Path(save_directory), Path(__file__), Path(inspect.getfile(type(self.net)))
         name = f"modeling_{network.stem.removeprefix('modeling_')}"  # diffusers has pipelines of names like dit
-        for source, target in (
-            (here, "pipeline_meanflow.py"),
-            (here.with_name("sampler.py"), "sampler.py"),
-            (here.with_name("noise.py"), "noise.py"),
-            (network, f"net/{name}.py"),
-        ):
+        code = {file: here.with_name(file) for file in ("sampler.py", "noise.py")}
+        for target, source in {**code, "pipeline_meanflow.py": here, f"net/{name}.py": network}.items():
             shutil.copyfile(source, folder / target)
         for path in (folder / "model_index.json", *folder.glob("*/config.json")):
             config = json.loads(path.read_text())

@@ -40,9 +40,8 @@ def make_net(recipe: TrainConfig, data: Data) -> ModelMixin:
         net = MODELS[recipe.model](input_size=tuple(size), in_channels=channels, num_classes=data.num_classes, **sizes)
     except TypeError as error:  # it does not know a size
         raise ValueError(f"net: {recipe.model} cannot be made of {recipe.net}: {error}") from None
-    told = net.config.get("augment_dim")
-    if recipe.augment and told != 6:
-        raise ValueError(f"net.augment_dim must be 6 with augment {recipe.augment}, got {told}")
+    if recipe.augment and net.config.get("augment_dim") != 6:
+        raise ValueError(f"net.augment_dim must be 6 with augment, got {net.config.get('augment_dim')}")
     return net
 
 
@@ -66,9 +65,9 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
     Raises:
         ValueError: a choice that cannot work; the message names it.
     """
-    missing = [name for name in recipe.track if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"track: {missing[0]} is not installed: pip install 'meanflow[track]'")
+    for name in recipe.track:
+        if find_spec(name) is None:
+            raise ValueError(f"track: {name} is not installed: pip install 'meanflow[track]'")
     check_folder(recipe.out, recipe, data.facts)
     start = choose(recipe)
     if start is not None:
@@ -84,37 +83,33 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
 
     done = [int(path.name[5:]) for path in checkpoints(recipe.out)]
     size, written = checkpoint_bytes(recipe, net), math.ceil(total / recipe.checkpoint_every)
-    parent = next(path for path in (recipe.out, *recipe.out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(parent).free
+    there = next(path for path in (recipe.out, *recipe.out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
     at_once = min(recipe.keep + 1, written)  # one is being written while the others stay
     needed = max(1, at_once - len(done)) * size
     if needed > free and max(done, default=0) < total:
-        raise ValueError(
-            f"out: {recipe.out} has {gib(free)} free, and {at_once} checkpoints of {gib(size)} need {gib(needed)} "
-            "more: make room, lower --keep, or choose another --out"
-        )
+        lack = f"{gib(free)} free, and {at_once} checkpoints of {gib(size)} need {gib(needed)} more"
+        raise ValueError(f"out: {recipe.out} has {lack}: make room, lower --keep, or choose another --out")
 
     shards = num_processes if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
     parts = memory(recipe, net, shards)
     held = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-    classes = f"{data.num_classes} classes" if data.num_classes else "no classes"
+    held += "; activations come on top" + (" and the weights of two blocks" if shards > 1 else "")
     source = "random latents" if recipe.smoke and recipe.vae else recipe.data
-    made_by = f" by {recipe.vae}" if recipe.vae else ""
-    made_by += ", encoded at each step" if isinstance(data, EncodedImages) else ""
+    made = f" by {recipe.vae}" if recipe.vae else ""
+    made += ", encoded at each step" if isinstance(data, EncodedImages) else ""
+    made += f", {data.num_classes or 'no'} classes" + (", mirrored at random" if recipe.flip else "")
+    division = f"{micro_batch} x {num_processes} processes x {recipe.accumulation_steps}"
     begins = f"the weights of {recipe.init_from}" if recipe.init_from else "fresh weights"
-    resumes = f"after step {saved_step(start):,}, from {start}" if start else f"nothing: from {begins}"
     lines = {
         "network": f"{recipe.model}{', made small' if recipe.smoke else ''}: {parameters(net):,} parameters",
-        "data": f"{source}: {len(data):,} x {' x '.join(map(str, data.shape))}{made_by}, {classes}"
-        f"{', mirrored at random' if recipe.flip else ''}",
-        "batch": f"{G} = {micro_batch} x {num_processes} processes x {recipe.accumulation_steps} accumulation "
-        f"steps; {num_meanflow(objective, G)} of {G} with r != t",
+        "data": f"{source}: {len(data):,} x {' x '.join(map(str, data.shape))}{made}",
+        "batch": f"{G} = {division} accumulation steps; {num_meanflow(objective, G)} of {G} with r != t",
         "length": f"{total:,} steps = {total * G / len(data):,.6g} epochs",
         "guidance": guidance_in_words(objective),
-        "memory": f"{gib(sum(parts.values()))} a process: {held}; activations come on top"
-        f"{' and the weights of two blocks' if shards > 1 else ''}",
+        "memory": f"{gib(sum(parts.values()))} a process: {held}",
         "disk": f"a checkpoint {gib(size)}, at most {at_once} at once; {gib(free)} free in {recipe.out}",
-        "resumes": resumes,
+        "resumes": f"after step {saved_step(start):,}, from {start}" if start else f"nothing: from {begins}",
     }
     return "\n".join(f"  {name:10}{value}" for name, value in lines.items())
 
@@ -128,10 +123,8 @@ def guidance_in_words(config: MeanFlowConfig) -> str:
     if not config.guided:
         return "none trained in (omega 1, kappa 0)"
     scale = config.omega / (1 - config.kappa)
-    return (
-        f"trained in, effective scale {scale:.4g} for t in [{config.t_start:g}, {config.t_end:g}] "
-        f"(omega {config.omega:g}, kappa {config.kappa:g})"
-    )
+    where = f"for t in [{config.t_start:g}, {config.t_end:g}] (omega {config.omega:g}, kappa {config.kappa:g})"
+    return f"trained in, effective scale {scale:.4g} {where}"
 
 
 def gib(size: float) -> str:

@@ -7,7 +7,6 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from meanflow import checkpoint
@@ -25,7 +23,7 @@ from meanflow.config import TrainConfig
 from meanflow.data import Data, channel_weights, load_data, make_loader
 from meanflow.ema import Averages
 from meanflow.export import export
-from meanflow.files import first_line, write_whole
+from meanflow.files import first_line, read_json, write_whole
 from meanflow.guard import Guard, Stop
 from meanflow.hub import Pusher
 from meanflow.jvp import support_fsdp2
@@ -47,13 +45,9 @@ class Trainer:
     def __init__(self, recipe: TrainConfig):
         self.recipe = recipe
         check_launch()
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision=recipe.mixed_precision,
-            gradient_accumulation_steps=recipe.accumulation_steps,
-            log_with=list(recipe.track) or None,
-            project_dir=recipe.out,
-        )
+        how = {"cpu": not torch.cuda.is_available(), "mixed_precision": recipe.mixed_precision}
+        how |= {"log_with": list(recipe.track) or None, "project_dir": recipe.out}
+        self.accelerator = Accelerator(gradient_accumulation_steps=recipe.accumulation_steps, **how)
         if self.accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
             raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched that do not know of each other")
         if self.accelerator.distributed_type == DistributedType.FSDP:
@@ -66,8 +60,6 @@ class Trainer:
         self.accelerator.print(preflight(recipe, self.data, self.accelerator.num_processes))
         self.verify_latents()
         self.start = start = checkpoint.choose(recipe)
-        if start is not None:
-            self.on_main(lambda: checkpoint.verify(start))
         self.net = make_net(recipe, self.data)
         if recipe.init_from and start is None:
             checkpoint.init_weights(self.net, recipe.init_from)
@@ -76,6 +68,7 @@ class Trainer:
             self.net.enable_gradient_checkpointing()
         self.averages = Averages(self.net, recipe.ema_decay)
         if start is not None:
+            checkpoint.together(self.accelerator, checkpoint.verify, start)
             checkpoint.load_networks(start, self.net, self.averages)
         objective = replace(recipe.objective, channel_weights=channel_weights(recipe.objective, self.data))
         optimizer = torch.optim.Adam(self.net.parameters(), recipe.lr, recipe.betas, fused=True)
@@ -83,28 +76,14 @@ class Trainer:
         if self.accelerator.is_fsdp2:
             for _, average in self.averages.items():
                 fsdp2_prepare_model(self.accelerator, average)
-        self.on_main(self.claim)
+        self.lock = checkpoint.together(self.accelerator, checkpoint.claim_folder, recipe, self.data.facts)
         self.pusher = Pusher(recipe) if recipe.push_to_hub and self.accelerator.is_main_process else None
-
-    def claim(self) -> None:
-        checkpoint.claim_folder(self.recipe, self.data.facts)
-        self.lock = checkpoint.lock(self.recipe.out)
-
-    def on_main(self, part: Callable[[], None]) -> None:
-        """Runs a part on the main process; the others wait, and raise its ValueError, too."""
-        error = checkpoint.together(self.accelerator, part if self.accelerator.is_main_process else lambda: None)
-        if error is not None:
-            raise ValueError(error)
 
     def verify_latents(self) -> None:
         """Reads the cache's shards once, a share on each process of a machine, so that no damage stops a run later."""
         if isinstance(self.data, Latents) and self.recipe.verify:
             share = slice(self.accelerator.local_process_index, None, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
             verify(self.data.folder, self.data.shards[share], quiet=not self.accelerator.is_main_process)
-
-    def loader(self, start: int) -> DataLoader:
-        place = (self.accelerator.process_index, self.accelerator.num_processes)
-        return make_loader(self.recipe, self.data, start, self.total, *place)
 
     def train(self) -> None:
         """Trains to the last step.
@@ -120,10 +99,11 @@ class Trainer:
             accelerator.print(f"{recipe.out}: resumes after step {step} of {self.total}")
         bar = tqdm(total=self.total, initial=step, unit="step", disable=not accelerator.is_main_process, mininterval=1)
 
+        loader = make_loader(recipe, self.data, step, self.total, accelerator.process_index, accelerator.num_processes)
         self.objective.train()
         raw_loss, stop, saved = 0.0, None, True
         with Guard(accelerator, recipe, progress) as guard:
-            for micro_step, batch in enumerate(self.loader(step), start=step * recipe.accumulation_steps):
+            for micro_step, batch in enumerate(loader, start=step * recipe.accumulation_steps):
                 self.seed_network(micro_step)
                 x, y, draws, augment_labels = send_to_device(batch, accelerator.device, non_blocking=True)
                 if isinstance(self.data, EncodedImages):
@@ -133,10 +113,10 @@ class Trainer:
                         out = self.objective(x, y, draws, augment_labels)
                     accelerator.backward(out.loss)
                     if accelerator.sync_gradients:
-                        limit = recipe.max_grad_norm or math.inf
-                        norm = accelerator.clip_grad_norm_(self.objective.parameters(), limit)
+                        norm = accelerator.clip_grad_norm_(net.parameters(), recipe.max_grad_norm or math.inf)
                         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-                        self.skip_unless_finite(norm)
+                        # The optimiser's fused kernel then skips this step, without waiting for the norm.
+                        optimizer.optimizer.found_inf = (~norm.isfinite()).float()
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(recipe, step, self.total)
                     optimizer.step()
@@ -157,9 +137,8 @@ class Trainer:
                 if step % recipe.checkpoint_every == 0 or push or last or (stop and stop.save):
                     stop = stop or guard.decide()
                     if not stop or stop.save:
-                        progress = {"step": step, **guard.state, **log.state()}
-                        trained = (net, self.averages, optimizer.optimizer)
-                        saved = checkpoint.save(accelerator, recipe, self.data.facts, progress, *trained)
+                        note = {"data": self.data.facts, "step": {"step": step, **guard.state, **log.state()}}
+                        saved = checkpoint.save(accelerator, recipe, note, net, self.averages, optimizer.optimizer)
                         if push and saved and self.pusher:
                             self.pusher.start(checkpoint.checkpoints(recipe.out)[-1])
                 if step % recipe.sample_every == 0 or last:
@@ -191,10 +170,8 @@ class Trainer:
         """For FSDP2. Accelerate would round the inputs to bfloat16, so the times: autocast does it where it may."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
-            raise ValueError(
-                "FSDP must be of fsdp_version 2, with fsdp_cpu_ram_efficient_loading false: see "
-                "accelerate_configs/fsdp2.yaml"
-            )
+            wanted = "fsdp_version 2, with fsdp_cpu_ram_efficient_loading false"
+            raise ValueError(f"FSDP must be of {wanted}: see accelerate_configs/fsdp2.yaml")
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
         warnings.filterwarnings("ignore", ".*returned a view tensor")  # a tensor with its tangent is one
         support_fsdp2()
@@ -206,16 +183,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             checkpoint.go_back(self.recipe.out, self.start)
         checkpoint.load_moments(self.start, self.net, self.optimizer.optimizer)
-        return json.loads((self.start / "step.json").read_text())
+        return read_json(self.start / "step.json")
 
     def seed_network(self, micro_step: int) -> None:
         """For the network's own randomness, such as dropout: so no generator's state need be saved."""
         place = micro_step * self.accelerator.num_processes + self.accelerator.process_index
         torch.manual_seed(stream_seed(self.recipe.seed, place, "network"))
-
-    def skip_unless_finite(self, norm: Tensor) -> None:
-        """Lets the optimiser's fused kernel skip this step if the gradient is not finite, without waiting for it."""
-        self.optimizer.optimizer.found_inf = (~norm.isfinite()).float()
 
     def leave(self, stop: Stop | None, saved: bool, step: int) -> None:
         accelerator, out = self.accelerator, self.recipe.out
@@ -235,12 +208,9 @@ class Trainer:
 
 def check_launch() -> None:
     """Refuses the launches of accelerate that start one process where several were asked for."""
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
-    if by_accelerate and "WORLD_SIZE" not in os.environ:
-        raise ValueError(
-            "accelerate launch was asked for several processes and started one: add --multi_gpu (on CPUs, too), or use "
-            "accelerate_configs/cpu_2proc.yaml or torchrun"
-        )
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        advice = "add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml or torchrun"
+        raise ValueError(f"accelerate launch was asked for several processes and started one: {advice}")
 
 
 def learning_rate(recipe: TrainConfig, step: int, total: int) -> float:
@@ -248,9 +218,8 @@ def learning_rate(recipe: TrainConfig, step: int, total: int) -> float:
     if step < recipe.warmup_steps:
         return recipe.lr * (step + 1) / (recipe.warmup_steps + 1)
     done = (step - recipe.warmup_steps) / max(1, total - recipe.warmup_steps)
-    return (
-        recipe.lr * {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[recipe.schedule]
-    )
+    schedules = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}
+    return recipe.lr * schedules[recipe.schedule]
 
 
 @torch.no_grad()
@@ -261,15 +230,13 @@ def draw_samples(recipe: TrainConfig, data: Data, net: nn.Module, accelerator: A
     """
     columns = min(data.num_classes, 10) or 8
     rows = 8 if data.shape[-1] <= 16 else 4
+    indices, y = range(columns * rows), None
     if recipe.fixed_noise:
         indices = range(min(64, len(data)))
         _, y = data.batch(indices, (generator(recipe.seed, index, "data") for index in indices))
     elif data.num_classes:
         y = torch.linspace(0, data.num_classes - 1, columns).long().repeat(rows)
-    else:
-        y = None
-    e = noise(recipe.seed, range(len(y) if y is not None else columns * rows), data.shape).to(accelerator.device)
-    y = y if y is None else y.to(accelerator.device)
+    e, y = send_to_device((noise(recipe.seed, indices, data.shape), y), accelerator.device)
     x = sample(lambda z, t, r: average_velocity(net, recipe.objective, z, t, r, y), e)
     if accelerator.is_main_process:
         save_grid(data.to_pixels(x), recipe.out / "samples" / f"step-{step:08d}.png", columns)
@@ -288,8 +255,7 @@ class Log:
             fields = checkpoint.flatten(checkpoint.recipe_fields(recipe))
             again = {"wandb": {"id": self.run_id, "resume": "allow"}}
             again |= {"trackio": {"name": self.run_id, "resume": "allow"}}  # tensorboard's is the folder
-            config = {name: str(value) for name, value in fields.items()}
-            accelerator.init_trackers(recipe.out.name, config, {name: again.get(name, {}) for name in recipe.track})
+            accelerator.init_trackers(recipe.out.name, {name: str(fields[name]) for name in fields}, again)
         if accelerator.is_main_process and self.path.exists():  # forget what the resumed run will do again
             kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= self.step]
             write_whole(self.path, "".join(f"{line}\n" for line in kept))

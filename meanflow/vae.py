@@ -1,14 +1,13 @@
 """The autoencoder between images and latents: diffusers' AutoencoderKL, never trained here."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from meanflow.files import first_line
+from meanflow.files import errors_as, read_json
 from meanflow.hub import fetch
 
 
@@ -18,24 +17,17 @@ def load_vae(name: str) -> AutoencoderKL:
     Raises:
         ValueError: it is no AutoencoderKL, or cannot be had.
     """
-    try:
+    with errors_as("vae"):
         folder = fetch(name)
-    except ValueError as error:
-        raise ValueError(f"vae: {error}") from None
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"vae: {name} is no folder of an AutoencoderKL: it has no config.json")
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-    except (ValueError, AttributeError):
-        kind = "damaged"
-    if kind != "AutoencoderKL":
-        raise ValueError(f"vae: {name} is no AutoencoderKL: its config.json is of {kind}")
-    try:
+    with errors_as(f"vae: {name} cannot be loaded as an AutoencoderKL"):
+        if not (folder / "config.json").is_file():
+            raise ValueError("it has no config.json")
+        kind = read_json(folder / "config.json").get("_class_name")
+        if kind != "AutoencoderKL":
+            raise ValueError(f"its config.json is of {kind}")
         vae, info = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # of many kinds, by three packages
-        raise ValueError(f"vae: {name} cannot be loaded: {first_line(error)}") from None
-    if info["missing_keys"]:
-        raise ValueError(f"vae: {name} lacks weights, such as {sorted(info['missing_keys'])[0]}")
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks weights, such as {sorted(info['missing_keys'])[0]}")
     return vae.float().eval().requires_grad_(False)
 
 
@@ -62,14 +54,9 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
 
 def vae_facts(vae: AutoencoderKL, name: str) -> dict:
     """What a cache notes of its VAE. The revision is the Hub's commit, None of a folder."""
-    return {
-        "vae": name,
-        # A snapshot's folder has the commit's name.
-        "vae_revision": None if Path(name).expanduser().exists() else fetch(name).name,
-        "vae_sha256": fingerprint(vae),
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor,
-    }
+    revision = None if Path(name).expanduser().exists() else fetch(name).name  # a snapshot's folder is named by it
+    facts = {"vae": name, "vae_revision": revision, "vae_sha256": fingerprint(vae)}
+    return facts | {fact: vae.config[fact] for fact in ("scaling_factor", "shift_factor")}
 
 
 @torch.no_grad()

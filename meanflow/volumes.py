@@ -8,28 +8,25 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from meanflow.files import first_line
-from meanflow.images import UnreadableImage
-from meanflow.pictures import middle_slices
+from meanflow.files import errors_as
+from meanflow.images import Data, UnreadableImage
 
 SUFFIXES = (".npy", ".safetensors")
 
 
-class Volumes:
+class Volumes(Data):
     """The volumes of a folder's .npy files, and of its .safetensors files with the key volume: each (C, D, H, W).
 
     They are taken in the units that they have, and have no classes.
 
     Raises:
-        ValueError: there is none, or one has another shape; the message names the file.
+        ValueError: one has another shape; the message names the file.
     """
 
     num_classes = 0
 
     def __init__(self, folder: Path):
         self.files = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
-        if not self.files:
-            raise ValueError(f"{folder} has no .npy or .safetensors files")
         for path in self.files:
             shape = volume(path, shape_only=True)
             self.shape = shape if path == self.files[0] else self.shape
@@ -38,14 +35,8 @@ class Volumes:
                 raise ValueError(f"{path}: a volume must be {first}, got {shape}")
         self.facts = {"source": str(folder), "count": len(self.files), "classes": []}
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]) -> tuple[Tensor, None]:
         return torch.stack([volume(self.files[index]) for index in indices]), None
-
-    def to_pixels(self, x: Tensor) -> Tensor:
-        return middle_slices(x)
 
 
 def volume(path: Path, shape_only: bool = False) -> Tensor | tuple[int, ...]:
@@ -54,7 +45,7 @@ def volume(path: Path, shape_only: bool = False) -> Tensor | tuple[int, ...]:
     Raises:
         UnreadableImage: naming it.
     """
-    try:
+    with errors_as(f"{path} is no readable volume", UnreadableImage):
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r")
             if shape_only:
@@ -67,8 +58,6 @@ def volume(path: Path, shape_only: bool = False) -> Tensor | tuple[int, ...]:
                 x = file.get_tensor("volume").float()
         if not x.isfinite().all():
             raise ValueError("it has values that are not finite")
-    except Exception as error:  # of many kinds, by two packages
-        raise UnreadableImage(f"{path} is no readable volume: {first_line(error)}") from None
     return x
 
 

@@ -94,7 +94,7 @@ def test_scaling_is_the_vaes_and_channel_normalisation_the_caches(tmp_path):
     per_channel = x.double().transpose(0, 1).flatten(1)
     assert per_channel.mean(1).abs().max() < 0.02 and (per_channel.std(1) - 1).abs().max() < 0.02
     # Both are affine maps of the same draw.
-    space, channel = Latents(tmp_path / "cache", RECIPE).space, latents.space
+    space, channel = Latents(tmp_path / "cache", RECIPE), latents
     same = channel.normalize(raw / space.scale + space.shift)
     torch.testing.assert_close(latents.batch([0, 1], generators(2))[0], same, rtol=1e-4, atol=1e-4)
     assert space.shift.item() == 0.25 and space.scale.item() == 0.5
@@ -213,7 +213,7 @@ def test_decoded_posterior_mean_is_the_vaes_own_reconstruction(cached, photos, v
         with torch.no_grad():
             expected = net.decode(net.encode(image).latent_dist.mean).sample
         mean = latents.read(range(40), [flip] * 40)[:, 0].float()
-        actual = latents.to_pixels(latents.space.normalize(mean))
+        actual = latents.to_pixels(latents.normalize(mean))
         assert (actual - expected).abs().max() < 2e-3 * expected.abs().max()
 
 

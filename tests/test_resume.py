@@ -299,8 +299,8 @@ def plant(value: float, first: int, last: int) -> Callable[[], None]:
         real, calls = SlotData.__getitems__, iter(range(10**6))
 
         def planted(self, batch):
-            x, y, draws = real(self, batch)
-            return (x * value if first <= next(calls) <= last else x), y, draws
+            x, *others = real(self, batch)
+            return (x * value if first <= next(calls) <= last else x), *others
 
         SlotData.__getitems__ = planted
 

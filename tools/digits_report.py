@@ -6,12 +6,14 @@
 Prints a table and writes metrics.json and samples.png into the run.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
+from numpy.typing import ArrayLike
+from scipy.spatial.distance import cdist
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,34 @@ class Options:
     """its flow-matching twin: same network, steps and seed"""
 
 
+def energy_distance(x: ArrayLike, y: ArrayLike) -> float:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| over all pairs, diagonals included, so that it is never negative.
+
+    x: (N, D), y: (M, D). It is 0 for equal distributions alone (Szekely and Rizzo 2013); unit: that of the features.
+    """
+    return float(2 * cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean())
+
+
+def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
+    """|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of the sets' means and covariances.
+
+    x: (N, D), y: (M, D). Only in Inception's features is this FID (arXiv:1706.08500).
+    """
+    (mu_x, cov_x), (mu_y, cov_y) = ((np.mean(a, axis=0), np.cov(a, rowvar=False)) for a in (x, y))
+    values, vectors = np.linalg.eigh(cov_x)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    # tr (C_x C_y)^(1/2), by the symmetric matrix C_x^(1/2) C_y C_x^(1/2), which has the same eigenvalues.
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_y @ root).clip(0)).sum()
+    return float(np.sum((mu_x - mu_y) ** 2) + np.trace(cov_x) + np.trace(cov_y) - 2 * cross)
+
+
 def report(options: Options) -> None:
     import torch
     from sklearn.svm import SVC
 
-    from meanflow.checkpoint import checkpoints, different, load_network, write_whole
+    from meanflow.checkpoint import FREE, checkpoints, different, flatten, load_network
     from meanflow.data import digits
-    from meanflow.evaluate import energy_distance, frechet_distance
+    from meanflow.files import read_json, write_json
     from meanflow.noise import noise
     from meanflow.objective import average_velocity
     from meanflow.pictures import save_grid
@@ -38,14 +61,15 @@ def report(options: Options) -> None:
     for folder in filter(None, (options.run, options.flow)):
         if not checkpoints(folder):
             raise FileNotFoundError(f"{folder} has no checkpoint: train it first")
-        recipes.append(json.loads((checkpoints(folder)[-1] / "recipe.json").read_text()))
+        recipes.append(read_json(checkpoints(folder)[-1] / "recipe.json"))
         if checkpoints(folder)[-1].name != f"step-{recipes[-1]['steps']:08d}":
             raise ValueError(
                 f"{folder} is at {checkpoints(folder)[-1].name} of {recipes[-1]['steps']}: finish it first"
             )
-    names = different(recipes[0], recipes[-1]) - {"objective.meanflow_ratio"}
-    if names:
-        raise ValueError(f"{options.flow} is no twin of {options.run}: they differ in {', '.join(sorted(names))}")
+    diff = different(flatten(recipes[0]), flatten(recipes[-1]), FREE | {"objective.meanflow_ratio"})
+    if diff:
+        names = ", ".join(name for name, _, _ in diff)
+        raise ValueError(f"{options.flow} is no twin of {options.run}: they differ in {names}")
 
     if recipes[0]["data"] != "digits":
         raise ValueError(f"{options.run} was trained on {recipes[0]['data']}, not on digits")
@@ -86,7 +110,7 @@ def report(options: Options) -> None:
     print(f"\n{'':36}{'class accuracy':>16}{'energy distance':>17}{'Frechet distance':>18}")
     for name, row in rows.items():
         print(f"{name:36}{row['accuracy']:16.3f}{row['energy_distance']:17.3f}{row['frechet_distance']:18.1f}")
-    write_whole(options.run / "metrics.json", json.dumps(rows, indent=2) + "\n")
+    write_json(options.run / "metrics.json", rows)
     first = [(y == label).nonzero()[:8, 0] for label in range(10)]
     save_grid(picture[torch.stack(first, dim=1).flatten()], options.run / "samples.png", columns=10)
     print(f"\n{options.run / 'samples.png'}: one-step samples, a column per class; {options.run / 'metrics.json'}")
