@@ -38,8 +38,7 @@ class Conv(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, gain: float = 1.0, resample: str = ""):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
-        nn.init.xavier_uniform_(self.weight, gain)
-        nn.init.zeros_(self.bias)
+        xavier(self, gain)
         self.resample = resample
         if resample:
             taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
@@ -55,10 +54,9 @@ class Conv(nn.Conv2d):
         return super().forward(x)
 
 
-def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features, bias)
-    nn.init.xavier_uniform_(layer.weight)
-    if bias:
+def xavier(layer: nn.Module, gain: float = 1.0) -> nn.Module:
+    nn.init.xavier_uniform_(layer.weight, gain)
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
 
@@ -77,7 +75,7 @@ class UNetBlock(nn.Module):
         super().__init__()
         self.norm0 = group_norm(in_channels)
         self.conv0 = Conv(in_channels, out_channels, 3, resample=resample)
-        self.affine = linear(embedding_size, out_channels)
+        self.affine = xavier(nn.Linear(embedding_size, out_channels))
         self.norm1 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv1 = Conv(out_channels, out_channels, 3, gain=1e-5)
@@ -143,11 +141,11 @@ class UNetCifar(ModelMixin, ConfigMixin):
         embedding_size = 4 * model_channels
         self.features = TimeFeatures(model_channels)
         if augment_dim:
-            self.map_augment = linear(augment_dim, embedding_size, bias=False)
+            self.map_augment = xavier(nn.Linear(augment_dim, embedding_size, bias=False))
         if num_classes:
-            self.map_label = linear(num_classes, embedding_size, bias=False)
-        self.map_layer0 = linear(embedding_size, embedding_size)
-        self.map_layer1 = linear(embedding_size, embedding_size)
+            self.map_label = xavier(nn.Linear(num_classes, embedding_size, bias=False))
+        self.map_layer0 = xavier(nn.Linear(embedding_size, embedding_size))
+        self.map_layer1 = xavier(nn.Linear(embedding_size, embedding_size))
 
         def block(width_in: int, width_out: int, **options) -> UNetBlock:
             return UNetBlock(width_in, width_out, embedding_size, dropout, **options)
@@ -192,15 +190,16 @@ class UNetCifar(ModelMixin, ConfigMixin):
         """
         check_inputs(self, z, y)
         embedding = self.embed(t, h, y, augment_labels)
+        run = self._gradient_checkpointing_func if self.gradient_checkpointing else UNetBlock.__call__
         skips, x = [], z
         for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("_conv") else self.run(layer, x, embedding)
+            x = layer(x) if name.endswith("_conv") else run(layer, x, embedding)
             skips.append(x)
         *blocks, (_, norm), (_, conv) = self.dec.items()
         for name, layer in blocks:
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self.run(layer, x, embedding)
+            x = run(layer, x, embedding)
         return conv(F.silu(norm(x)))
 
     def embed(self, t: Tensor, h: Tensor, y: Tensor | None, augment_labels: Tensor | None) -> Tensor:
@@ -217,11 +216,6 @@ class UNetCifar(ModelMixin, ConfigMixin):
                 one_hot = F.one_hot(y, K + 1)[:, :K].to(dtype)  # of the null class: zeros
                 x = x + self.map_label(one_hot * math.sqrt(K))
             return F.silu(self.map_layer1(F.silu(self.map_layer0(x))))
-
-    def run(self, layer: UNetBlock, x: Tensor, embedding: Tensor) -> Tensor:
-        if self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(layer, x, embedding)
-        return layer(x, embedding)
 
 
 class UNet(ModelMixin, ConfigMixin):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from meanflow.data import digits
-from tools.digits_report import energy_distance, frechet_distance
+from meanflow.evaluate import energy_distance, frechet_distance
 
 
 def test_energy_distance_is_its_definition():
