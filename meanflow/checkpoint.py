@@ -79,9 +79,10 @@ def claim_folder(recipe: TrainConfig, facts: dict):
     """Marks recipe.out as this recipe's, on these data, and locks it."""
     check_folder(recipe.out, recipe, facts)
     recipe.out.mkdir(parents=True, exist_ok=True)
+    held = lock(recipe.out)
     write_json(recipe.out / "recipe.json", recipe_fields(recipe))
     write_json(recipe.out / "data.json", facts)
-    return lock(recipe.out)
+    return held
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -82,8 +82,9 @@ class MeanFlowConfig:
         check(self.t_start <= self.t_end, "t_start", self.t_start, f"<= t_end, which is {self.t_end}")
         check(0 < self.t_min < 1, "t_min", self.t_min, "in (0, 1)")
         weights = self.channel_weights
-        computed = weights in (None, "inverse-variance")
-        check(computed or (weights and min(weights) > 0), "channel_weights", weights, "> 0")
+        numbers = isinstance(weights, (tuple, list)) and len(weights) > 0 and min(weights) > 0
+        allowed = "numbers > 0, inverse-variance or None"
+        check(numbers or weights in (None, "inverse-variance"), "channel_weights", weights, allowed)
         if self.null_class == "flow":
             flow, dropped = 1 - self.meanflow_ratio, self.class_dropout_prob
             limit = f"at most 1 - meanflow_ratio ({flow}) with null_class flow"

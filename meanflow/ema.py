@@ -5,13 +5,15 @@ from torch import nn
 
 
 class Averages:
-    """Averages of net's weights, each starting as a copy; no warm-up of the decay."""
+    """Averages of net's weights, each starting as a copy, in evaluation mode; no warm-up of the decay."""
 
     def __init__(self, net: nn.Module, decays: tuple[float, ...]):
         # Buffers are copied: sharded weights and whole buffers cannot be averaged in one call.
         buffers = {name for name, _ in net.named_buffers()}
         options = {"include_online_model": False, "use_foreach": True, "param_or_buffer_names_no_ema": buffers}
         self.nets = {decay: EMA(net, beta=decay, **options) for decay in decays}
+        for ema in self.nets.values():
+            ema.eval()  # of what it averages: else pictures would show dropout
 
     def update(self, net: nn.Module) -> None:
         """ema = decay * ema + (1 - decay) * net. (EMA.update() would skip most steps and warm its decay up.)"""

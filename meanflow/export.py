@@ -82,18 +82,13 @@ def read_export(folder: Path, variant: str | None) -> MeanFlowPipeline:
 
 
 def export(
-    source: Path,
-    out: Path,
-    ema: float | None = None,
-    variants: tuple[str, ...] = (),
-    license: str = "other",
-    datasets: tuple[str, ...] = (),
+    source: Path, out: Path, ema: float | None = None, variants: tuple[str, ...] = (), license="other", datasets=()
 ) -> None:
     """Writes the pipeline folder of a run or checkpoint, with its model card, whole or not at all.
 
     Args:
         variants: bf16, fp16: the weights once more in these precisions.
-        license, datasets: for the model card, in the Hub's words.
+        license, datasets: for the model card, in the Hub's words; a word, and several.
     Raises:
         ValueError: source has no whole checkpoint, or out holds something else.
     """

@@ -260,11 +260,7 @@ def attention(func, out: Tensor, query: Dual, key: Dual, value: Dual, *masks, sc
 
 
 RULES: dict[Callable, Callable] = {
-    F.linear: affine,
-    torch.conv1d: affine,
-    torch.conv2d: affine,
-    torch.conv3d: affine,
-    torch.conv_transpose2d: affine,
+    **dict.fromkeys((F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d), affine),
     F.scaled_dot_product_attention: attention,
     F.gelu: gelu,
     F.silu: silu,

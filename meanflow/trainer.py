@@ -58,7 +58,7 @@ class Trainer:
         self.data = load_data(recipe)
         self.total = total_steps(recipe, self.data)
         self.accelerator.print(preflight(recipe, self.data, self.accelerator.num_processes))
-        self.verify_latents()
+        checkpoint.together(self.accelerator, self.verify_latents, main=False)
         self.start = start = checkpoint.choose(recipe)
         self.net = make_net(recipe, self.data)
         if recipe.init_from and start is None:
@@ -104,7 +104,9 @@ class Trainer:
         raw_loss, stop, saved = 0.0, None, True
         with Guard(accelerator, recipe, progress) as guard:
             for micro_step, batch in enumerate(loader, start=step * recipe.accumulation_steps):
-                self.seed_network(micro_step)
+                # For the network's own randomness, such as dropout: so no generator's state need be saved.
+                place = micro_step * accelerator.num_processes + accelerator.process_index
+                torch.manual_seed(stream_seed(recipe.seed, place, "network"))
                 x, y, draws, augment_labels = send_to_device(batch, accelerator.device, non_blocking=True)
                 if isinstance(self.data, EncodedImages):
                     x = self.data.encode(*x)
@@ -184,11 +186,6 @@ class Trainer:
             checkpoint.go_back(self.recipe.out, self.start)
         checkpoint.load_moments(self.start, self.net, self.optimizer.optimizer)
         return read_json(self.start / "step.json")
-
-    def seed_network(self, micro_step: int) -> None:
-        """For the network's own randomness, such as dropout: so no generator's state need be saved."""
-        place = micro_step * self.accelerator.num_processes + self.accelerator.process_index
-        torch.manual_seed(stream_seed(self.recipe.seed, place, "network"))
 
     def leave(self, stop: Stop | None, saved: bool, step: int) -> None:
         accelerator, out = self.accelerator, self.recipe.out

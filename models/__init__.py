@@ -19,24 +19,22 @@ _DIT_SIZES = {  # depth, hidden_size, num_heads
     "XL": (28, 1152, 16),
 }
 
+
+def _unet_cifar(input_size: int | tuple[int, ...], in_channels: int, **options) -> UNetCifar:
+    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    if len(size) != 2 or size[0] != size[1]:
+        raise ValueError(f"UNet-cifar takes square images alone, got {input_size}")
+    sizes = {"model_channels": 128, "channel_mult": (2, 2, 2), "num_blocks": 4, "dropout": 0.2, **options}
+    return UNetCifar(img_resolution=size[0], in_channels=in_channels, out_channels=in_channels, **sizes)
+
+
 MODELS = {
     f"DiT-{size}/{patch_size}": partial(
         DiT, patch_size=patch_size, depth=depth, hidden_size=hidden_size, num_heads=num_heads
     )
     for size, (depth, hidden_size, num_heads) in _DIT_SIZES.items()
     for patch_size in (2, 4, 8)
-}
-
-
-def _unet_cifar(input_size: int | tuple[int, ...], in_channels: int, **options) -> UNetCifar:
-    sides = {input_size} if isinstance(input_size, int) else set(input_size)
-    if len(sides) != 1 or (not isinstance(input_size, int) and len(input_size) != 2):
-        raise ValueError(f"UNet-cifar takes square images alone, got {input_size}")
-    sizes = {"model_channels": 128, "channel_mult": (2, 2, 2), "num_blocks": 4, "dropout": 0.2, **options}
-    return UNetCifar(img_resolution=sides.pop(), in_channels=in_channels, out_channels=in_channels, **sizes)
-
-
-MODELS |= {
+} | {
     "UNet-cifar": _unet_cifar,
     "UNet-digits": partial(UNet, block_out_channels=(32, 64), attention=(False, True), layers_per_block=1),
     # For 32 x 32 pixels, and for the 32 x 32 x 4 latents of 256 x 256 images.

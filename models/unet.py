@@ -12,17 +12,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 
-class TimeFeatures(nn.Module):
-    """Sines and cosines of t and h, without parameters: (B,), (B,) -> (B, 4 * half), each time's sines first."""
-
-    def __init__(self, half: int):
-        super().__init__()
-        frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / (half - 1))
-        self.register_buffer("frequency", frequency, persistent=False)
-
-    def forward(self, t: Tensor, h: Tensor) -> Tensor:
-        angles = (time[:, None] * self.frequency for time in (t, h))
-        return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
+def time_features(t: Tensor, h: Tensor, half: int) -> Tensor:
+    """Sines and cosines of t and h: (B,), (B,) -> (B, 4 * half), each time's sines first."""
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
+    angles = (time[:, None] * torch.exp(-math.log(10000.0) * exponent) for time in (t, h))
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
 
 
 def check_inputs(net: ModelMixin, z: Tensor, y: Tensor | None) -> None:
@@ -139,7 +133,6 @@ class UNetCifar(ModelMixin, ConfigMixin):
         self.z_shape = (in_channels, img_resolution, img_resolution)
         self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() sets it
         embedding_size = 4 * model_channels
-        self.features = TimeFeatures(model_channels)
         if augment_dim:
             self.map_augment = xavier(nn.Linear(augment_dim, embedding_size, bias=False))
         if num_classes:
@@ -206,7 +199,7 @@ class UNetCifar(ModelMixin, ConfigMixin):
         """(B, 4 * model_channels), in float32 under autocast too: du_dt sees this path's rounding amplified."""
         with torch.autocast(t.device.type, enabled=False):
             dtype = self.map_layer0.weight.dtype
-            x = self.features(t, h).to(dtype)
+            x = time_features(t, h, self.config.model_channels).to(dtype)
             if augment_labels is not None:
                 if not self.config.augment_dim:
                     raise ValueError("augment_dim is 0, so augment_labels must not be given")
@@ -251,13 +244,12 @@ class UNet(ModelMixin, ConfigMixin):
         if len(attention) != len(block_out_channels):
             raise ValueError(f"attention must be {len(block_out_channels)} values, one a level, got {len(attention)}")
         self.z_shape = (in_channels, *size)
+        sizes = {"in_channels": in_channels, "out_channels": in_channels, "layers_per_block": layers_per_block}
         self.unet = UNet2DModel(
-            in_channels=in_channels,
-            out_channels=in_channels,
+            **sizes,
             block_out_channels=tuple(block_out_channels),
             down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attention),
             up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)),
-            layers_per_block=layers_per_block,
             dropout=dropout,
             norm_num_groups=math.gcd(32, *block_out_channels),
             resnet_time_scale_shift="scale_shift",
@@ -265,7 +257,6 @@ class UNet(ModelMixin, ConfigMixin):
             class_embed_type="identity",
         )
         width = 4 * block_out_channels[0]
-        self.features = TimeFeatures(64)
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         if num_classes:
             self.y_embedder = nn.Embedding(num_classes + 1, width)
@@ -277,7 +268,7 @@ class UNet(ModelMixin, ConfigMixin):
         check_inputs(self, z, y)
         # In float32 under autocast too: du_dt sees this path's rounding amplified.
         with torch.autocast(t.device.type, enabled=False):
-            c = self.time_mlp(self.features(t, h).to(self.time_mlp[0].weight.dtype))
+            c = self.time_mlp(time_features(t, h, 64).to(self.time_mlp[0].weight.dtype))
         if y is not None:
             c = c + self.y_embedder(y)
         return self.unet(z, 0, class_labels=c).sample

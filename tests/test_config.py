@@ -29,6 +29,7 @@ from meanflow.config import MeanFlowConfig, TrainConfig, run
         ("null_class", "all", "one of independent, flow"),
         ("channel_weights", (1.0, -1.0), "> 0"),
         ("channel_weights", (), "> 0"),
+        ("channel_weights", "variance", "inverse-variance or None"),
         ("P_mean", float("nan"), "finite"),
         ("omega", float("inf"), "finite"),
     ],

@@ -22,3 +22,11 @@ def test_adam_and_average_match_the_official_numbers(golden):
         assert_golden(net.w, golden[f"opt.p{step}"])
         assert_golden(averages[0.9].w, golden[f"opt.ema{step}"])
         assert_golden(averages[0.5].w, slow)
+
+
+def test_averages_are_in_evaluation_mode():
+    """So that pictures of a run show no dropout, while the network itself trains with it."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train()
+    averages = Averages(net, (0.9,))
+    averages.update(net)
+    assert net.training and not any(layer.training for layer in averages[0.9].modules())

@@ -244,7 +244,8 @@ def test_two_runs_in_one_folder_are_refused(recipe):
     with pytest.raises(
         ValueError, match=f"is in use by another run .process {os.getpid()} on .*: choose another --out"
     ):
-        Trainer(recipe)
+        Trainer(replace(recipe, keep=7))
+    assert json.loads((recipe.out / "recipe.json").read_text())["keep"] == 2
     del first
     train(replace(recipe, steps=STEPS))
 

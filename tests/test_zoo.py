@@ -86,7 +86,7 @@ def test_checkpointed_activations_train_the_same_network(model, tmp_path):
     "changes, message",
     [
         ({"net": {"width": 3}}, "net: UNet-digits cannot be made of .*'width': 3.*: .*unexpected keyword argument"),
-        ({"augment": 0.1}, "net.augment_dim must be 6 with augment 0.1, got None"),
+        ({"augment": 0.1}, "net.augment_dim must be 6 with augment, got None"),
         ({"augment": 2.0}, r"augment must be in \[0, 1\], got 2.0"),
         ({"data": "shapes", "augment": 0.1}, "augment is for square images in pixels"),
         ({"resolution": 9}, "cannot be halved"),
