@@ -18,11 +18,8 @@ from meanflow.time import num_meanflow
 from models import MODELS
 
 # The networks of smoke tests.
-SMALL = {
-    "DiT": {"depth": 2, "hidden_size": 64, "num_heads": 4},
-    "UNet-cifar": {"model_channels": 16, "num_blocks": 1},
-    "UNet": {"block_out_channels": (16, 32), "attention": (False, True), "layers_per_block": 1},
-}
+SMALL = {"DiT": {"depth": 2, "hidden_size": 64, "num_heads": 4}, "UNet-cifar": {"model_channels": 16, "num_blocks": 1}}
+SMALL |= {"UNet": {"block_out_channels": (16, 32), "attention": (False, True), "layers_per_block": 1}}
 
 
 def make_net(recipe: TrainConfig, data: Data) -> ModelMixin:

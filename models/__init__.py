@@ -10,14 +10,9 @@ from models.unet import UNet, UNetCifar
 
 NETWORKS = {network.__name__: network for network in (DiT, UNet, UNetCifar)}
 
-_DIT_SIZES = {  # depth, hidden_size, num_heads
-    "XS": (4, 64, 4),
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "M": (16, 1024, 16),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
+# depth, hidden_size, num_heads
+_DIT_SIZES = {"XS": (4, 64, 4), "S": (12, 384, 6), "B": (12, 768, 12)}
+_DIT_SIZES |= {"M": (16, 1024, 16), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 
 def _unet_cifar(input_size: int | tuple[int, ...], in_channels: int, **options) -> UNetCifar:
