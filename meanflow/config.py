@@ -135,6 +135,7 @@ class TrainConfig:
     model: str = "DiT-B/4"
     # sizes of the network that are not the name's, such as dropout 0.2
     net: dict[str, int | float | tuple[int, ...]] = field(default_factory=dict)
+    # what is minimised, arXiv:2505.13447
     objective: MeanFlowConfig = MeanFlowConfig()
     # passes over the data
     epochs: float | None = None
