@@ -230,7 +230,8 @@ def smoke_test(recipe: TrainConfig) -> TrainConfig:
     data, flip, out = recipe.data, recipe.flip, recipe.out.with_name(f"{recipe.out.name}-smoke")
     if recipe.vae is None:
         data, flip = "digits" if data == "digits" or recipe.resolution else "shapes", False
-    batch = max(16, 4 * int(os.environ.get("WORLD_SIZE", 1)) * recipe.accumulation_steps)
+    parts = int(os.environ.get("WORLD_SIZE", 1)) * recipe.accumulation_steps
+    batch = 4 * parts * math.ceil(4 / parts)
     every = {"log_every": 1, "sample_every": 4, "checkpoint_every": 2}
     return replace(recipe, data=data, flip=flip, out=out, steps=4, global_batch=batch, **every)
 

@@ -93,20 +93,21 @@ def open_data(recipe: TrainConfig) -> Data:
         return random_latents(recipe)
     if recipe.data != "digits" and recipe.subset:
         raise ValueError(f"subset is for digits, got data {recipe.data}")
+    files = recipe.resolution is None and folder.is_dir() and any(path.suffix in SUFFIXES for path in folder.iterdir())
+    for name in ("vae", "flip"):
+        if getattr(recipe, name) and (files or recipe.data in ("digits", "shapes")):
+            raise ValueError(f"{name} is not for {recipe.data}, got {getattr(recipe, name)}: say where the --data are")
     if recipe.data == "digits":
-        for name in ("vae", "flip"):
-            if getattr(recipe, name):
-                raise ValueError(f"{name} is not for digits, got {getattr(recipe, name)}: say where the --data are")
         images = digits(recipe.resolution or 8)[0]
         return subset(images, recipe.subset) if recipe.subset else images
     if recipe.data == "shapes":
         return Images(shapes(), None, 0)
     if (folder / LATENTS).exists() or (folder / ".progress").exists():
         return Latents(folder, recipe)
-    if folder.is_dir() and any(path.suffix in SUFFIXES for path in folder.iterdir()):
+    if files:
         return Volumes(folder)
     if recipe.resolution is None:
-        raise ValueError("resolution must be given for images, got None")
+        raise ValueError(f"resolution must be given for images, got None, and {folder} is no folder with volumes")
     if recipe.vae and recipe.data.startswith(".") and not folder.exists():
         raise ValueError(f"{recipe.data}: no such folder: say where with --data; tools/cache_latents.py makes latents")
     images = ImageFiles(recipe.data, recipe.resolution, flip=recipe.flip, crop=recipe.crop)
@@ -120,11 +121,12 @@ def channel_weights(objective: MeanFlowConfig, data: Data) -> tuple[float, ...] 
     sums = torch.zeros(2, data.shape[0], dtype=torch.float64)
     rows = torch.linspace(0, len(data) - 1, min(len(data), 1024)).long().tolist()
     for row in rows:
-        x = data.batch([row], [generator(0, row, "variance")])[0][0].double().flatten(1)
+        x, _ = data.batch([row], [generator(0, row, "variance")])
+        x = (data.encode(*x) if isinstance(x, tuple) else x)[0].double().flatten(1)
         sums += torch.stack([x.mean(dim=1), x.square().mean(dim=1)]) / len(rows)
     variance = sums[1] - sums[0] ** 2
     if not (variance > 0).all():
-        raise ValueError(f"channel_weights: a channel of {data.facts.get('source')} is constant, variances {variance}")
+        raise ValueError(f"channel_weights: a channel is constant, the variances are {variance.tolist()}")
     return tuple((1 / variance).tolist())
 
 

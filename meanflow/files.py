@@ -49,4 +49,5 @@ def errors_as(words: str, kind: type[ValueError] = ValueError) -> Iterator[None]
     try:
         yield
     except Exception as error:
-        raise kind(f"{words}: {first_line(error.__cause__ or error)}") from None
+        cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
+        raise kind(f"{words}: {first_line(error)}{cause}") from None

@@ -38,7 +38,8 @@ def open_source(source: str, split: str):
     Args:
         source: a folder of images (class by subfolder), of parquet or of arrow files, one such file, a folder of
             save_to_disk, or a Hub id.
-        split: of a Hub id or a folder that has it; a subfolder of this name counts if it has subfolders or tables.
+        split: of a Hub id or a folder that has it; a subfolder of this name counts if it has subfolders or tables, and
+            tables whose names begin with it.
     """
     import datasets
 
@@ -56,8 +57,10 @@ def open_source(source: str, split: str):
             inside = list((path / split).iterdir()) if (path / split).is_dir() else []
             if any(entry.is_dir() or entry.suffix in (".parquet", ".arrow") for entry in inside):
                 path = path / split
-            # All its files: datasets by itself takes a class such as bullet_train for a split.
-            return datasets.load_dataset(str(path), data_files={"train": "**"}, split="train")
+            # All its files, or the split's tables: datasets by itself takes a class such as bullet_train for a split.
+            tables = [*path.rglob(f"{split}*.parquet"), *path.rglob(f"{split}*.arrow")]
+            files = f"**/{split}*" if tables else "**"
+            return datasets.load_dataset(str(path), data_files={"train": files}, split="train")
         return datasets.load_dataset(source, split=split)
 
 

@@ -117,10 +117,10 @@ class SharedPrimal(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.dropout and (product := as_product(*args, **kwargs)):
-            func, args, kwargs = Tensor.mul, product, {}
-        dropout = func is F.scaled_dot_product_attention and (args[4:5] or (kwargs.get("dropout_p"),))[0]
-        if dropout or runs_once(func.__name__) or kwargs.get("inplace"):
+        if func is F.dropout:
+            return dropout(*args, **kwargs)
+        drops = func is F.scaled_dot_product_attention and (args[4:5] or (kwargs.get("dropout_p"),))[0]
+        if drops or runs_once(func.__name__) or kwargs.get("inplace"):
             with sdpa_kernel(SDPBackend.MATH) if "attention" in func.__name__ else nullcontext():
                 return func(*args, **kwargs)  # by PyTorch's own forward mode
         duals = []
@@ -146,9 +146,18 @@ class SharedPrimal(TorchFunctionMode):
         return type(out)([join(p, d) for p, d in zip(out, tangent)])
 
 
-def as_product(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> tuple | None:
-    """Dropout's factors: so that a network and its derivative have one mask. None where it does nothing."""
-    return (input, F.dropout(torch.ones_like(input), p)) if training and p else None
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """One mask for both. It keeps what PyTorch's own keeps, since a checkpointed block runs again without duals."""
+    x = split(input)
+    if not training or not p:
+        return input
+    if x.p.is_cuda:
+        out, mask = torch.native_dropout(x.p, p, True)
+        mask = mask / (1 - p)
+    else:
+        mask = F.dropout(torch.ones_like(x.p), p)
+        out = x.p * mask
+    return out if x.d is None else join(out, x.d * mask)
 
 
 ONCE = {"bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softmax", "multi_head_attention_forward"}
@@ -178,7 +187,7 @@ def is_constant(*args) -> bool:
 
 def linear_in_first(func: Callable, out: Any, x: Dual, *args, **kwargs) -> Any:
     """f(x) with f linear, such as a change of shape: df = f(dx)."""
-    if not is_constant(*args, *kwargs.values()):
+    if kwargs.get("rounding_mode") or not is_constant(*args, *kwargs.values()):
         return forward_mode(func, out, x, *args, **kwargs)
     return func(x.d, *primal(args), **primal(kwargs))
 

@@ -13,7 +13,7 @@ from meanflow.checkpoint import check_folder, checkpoints, choose, saved_step
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.data import Data, SlotBatches, load_data
 from meanflow.latents import EncodedImages
-from meanflow.objective import MeanFlow
+from meanflow.objective import MeanFlow, has_dropout
 from meanflow.time import num_meanflow
 from models import MODELS
 
@@ -37,8 +37,9 @@ def make_net(recipe: TrainConfig, data: Data) -> ModelMixin:
         net = MODELS[recipe.model](input_size=tuple(size), in_channels=channels, num_classes=data.num_classes, **sizes)
     except TypeError as error:  # it does not know a size
         raise ValueError(f"net: {recipe.model} cannot be made of {recipe.net}: {error}") from None
-    if recipe.augment and net.config.get("augment_dim") != 6:
-        raise ValueError(f"net.augment_dim must be 6 with augment, got {net.config.get('augment_dim')}")
+    told = net.config.get("augment_dim", 0)
+    if told != (6 if recipe.augment else 0):
+        raise ValueError(f"net.augment_dim must be 6 with augment and 0 without, got {told}")
     return net
 
 
@@ -71,6 +72,8 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int) -> str:
         check_folder(start, recipe, data.facts)
     with torch.device("meta"):
         net = make_net(recipe, data)
+    if recipe.objective.jvp == "finite-difference" and has_dropout(net.train()):
+        raise ValueError("objective.jvp must be exact for a network with dropout, got finite-difference")
     objective, G, total = recipe.objective, recipe.global_batch, total_steps(recipe, data)
     micro_batch = SlotBatches(recipe, len(data), 0, total, 0, num_processes).micro_batch
     if objective.guided and not data.num_classes:

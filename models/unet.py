@@ -239,10 +239,8 @@ class UNet(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        if any(side % 2 ** (len(block_out_channels) - 1) for side in size):
-            raise ValueError(f"input_size {input_size} cannot be halved {len(block_out_channels) - 1} times")
-        if len(attention) != len(block_out_channels):
-            raise ValueError(f"attention must be {len(block_out_channels)} values, one a level, got {len(attention)}")
+        if len(size) != 2 or any(side % 2 ** (len(block_out_channels) - 1) for side in size):
+            raise ValueError(f"input_size {input_size} is not (H, W) to be halved {len(block_out_channels) - 1} times")
         self.z_shape = (in_channels, *size)
         sizes = {"in_channels": in_channels, "out_channels": in_channels, "layers_per_block": layers_per_block}
         self.unet = UNet2DModel(

@@ -26,7 +26,7 @@ RECIPE = TrainConfig(
         norm_p=0.5,
         class_dropout_prob=0.0,
     ),
-    steps=700,
+    steps=600,
     global_batch=128,
     lr=3e-3,
     betas=(0.9, 0.99),

@@ -1,7 +1,8 @@
-"""MeanFlow DiT on volumes, such as the latents of scans: it predicts the clean volume (arXiv:2601.22158); no classes.
+r"""MeanFlow DiT on volumes, such as the latents of scans: it predicts the clean volume (arXiv:2601.22158); no classes.
 
     accelerate launch -q recipes/volumes_dit.py --data /volumes --out runs/volumes
-    accelerate launch -q recipes/volumes_dit.py --data shapes --model DiT-XS/4 --steps 1000 --global-batch 32 --lr 1e-3
+    accelerate launch -q recipes/volumes_dit.py --data shapes --model DiT-XS/4 --net hidden_size 128 --steps 1200 \
+        --global-batch 32 --lr 2e-3 --schedule cosine --ema-decay 0.99 --out runs/shapes
 
 --data is a folder of .npy files or of .safetensors files with the key volume, each (C, D, H, W) with sides that are
 multiples of 4; these settings are for 4 x 48 x 48 x 48. shapes are 512 synthetic volumes of 4 x 16 x 16 x 16, on which
@@ -19,7 +20,11 @@ RECIPE = TrainConfig(
     model="DiT-S/4",
     objective=MeanFlowConfig(
         meanflow_ratio=0.25,
+        # One step needs u at t = 1.
+        P_mean=0.6,
+        P_std=1.0,
         prediction="x",
+        norm_p=0.5,
         norm_eps=1.0,
         # So that a channel of large numbers does not take the whole loss.
         channel_weights="inverse-variance",

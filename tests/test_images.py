@@ -148,6 +148,13 @@ def cifar() -> datasets.Dataset:
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
+def hub_copy(rows: datasets.Dataset, path) -> None:
+    """Its parquet files; those of the other split are not to be trained on."""
+    (path / "plain_text").mkdir(parents=True)
+    rows.to_parquet(path / "plain_text/train-00000-of-00001.parquet")
+    rows.select(range(5)).to_parquet(path / "plain_text/test-00000-of-00001.parquet")
+
+
 def save_folder(rows: datasets.Dataset, path) -> None:
     for number, row in enumerate(rows):
         (path / CIFAR[row["label"]]).mkdir(parents=True, exist_ok=True)
@@ -158,11 +165,12 @@ def save_folder(rows: datasets.Dataset, path) -> None:
     "save",
     [
         lambda rows, path: (path.mkdir(), rows.to_parquet(path / "train-00000.parquet")),
+        hub_copy,
         lambda rows, path: rows.save_to_disk(path),
         lambda rows, path: datasets.DatasetDict({"train": rows}).save_to_disk(path),
         save_folder,
     ],
-    ids=["parquet", "arrow", "splits", "folder"],
+    ids=["parquet", "copy of the Hub's", "arrow", "splits", "folder"],
 )
 def test_cifar_of_any_format_is_the_same(save, tmp_path):
     """Uncut, to the last bit; in memory."""

@@ -54,7 +54,7 @@ def test_weights_are_the_inverse_variances(folder):
     variance = data.batch(range(6), ())[0].transpose(0, 1).flatten(1).double().var(dim=1, unbiased=False)
     torch.testing.assert_close(torch.tensor(weights), 1 / variance.float())
     assert channel_weights(MeanFlowConfig(channel_weights=(1.0, 2.0)), data) == (1.0, 2.0)
-    with pytest.raises(ValueError, match="a channel of .* is constant"):
+    with pytest.raises(ValueError, match="a channel is constant"):
         channel_weights(MeanFlowConfig(channel_weights="inverse-variance"), Images(torch.ones(4, 2, 3, 3), None, 0))
 
 
@@ -88,8 +88,9 @@ def test_truncated_and_not_finite_volumes_and_an_empty_folder_are_named(folder, 
     with pytest.raises(UnreadableImage, match="0.npy is no readable volume: it has values that are not finite"):
         load_data(recipe(folder)).batch([0], ())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty"):
-        load_data(recipe(tmp_path / "empty", resolution=8))
+    for name in ("empty", "missing"):
+        with pytest.raises(ValueError, match=f"/{name} is no folder with volumes"):
+            load_data(recipe(tmp_path / name))
 
 
 def test_picture_shows_the_middle_slices_of_the_channels_side_by_side():
@@ -130,9 +131,9 @@ def test_channel_that_breaks_is_named_and_the_last_good_checkpoint_stays(tmp_pat
 
 @pytest.mark.slow
 def test_run_on_synthetic_volumes_has_their_channels_means_and_deviations(tmp_path, tool):
-    """And its loss is a tenth of that of u = 0, which is sum(var e + E x^2)."""
+    """To a quarter after a third of the recipe's steps; its loss is a tenth of that of u = 0, sum(var e + E x^2)."""
     flags = ["--data", "shapes", "--model", "DiT-XS/4", "--steps", 400, "--global-batch", 32, "--lr", 2e-3]
-    flags += ["--schedule", "cosine", "--ema-decay", 0.99, "--log-every", 50]
+    flags += ["--schedule", "cosine", "--ema-decay", 0.99, "--log-every", 100]
     tool("recipes/volumes_dit", *flags, "--out", tmp_path / "run")
     x = shapes()
     line = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
@@ -143,4 +144,4 @@ def test_run_on_synthetic_volumes_has_their_channels_means_and_deviations(tmp_pa
     for channel in range(4):
         a, b = made[:, channel], x[:, channel].numpy()
         print(channel, a.mean() / b.mean(), a.std() / b.std())
-        assert abs(a.std() - b.std()) < 0.1 * b.std() and abs(a.mean() - b.mean()) < 0.1 * max(abs(b.mean()), b.std())
+        assert abs(a.std() - b.std()) < 0.25 * b.std() and abs(a.mean() - b.mean()) < 0.25 * abs(b.mean())

@@ -86,10 +86,20 @@ def test_checkpointed_activations_train_the_same_network(model, tmp_path):
     "changes, message",
     [
         ({"net": {"width": 3}}, "net: UNet-digits cannot be made of .*'width': 3.*: .*unexpected keyword argument"),
-        ({"augment": 0.1}, "net.augment_dim must be 6 with augment, got None"),
+        ({"augment": 0.1}, "net.augment_dim must be 6 with augment and 0 without, got 0"),
         ({"augment": 2.0}, r"augment must be in \[0, 1\], got 2.0"),
         ({"data": "shapes", "augment": 0.1}, "augment is for square images in pixels"),
-        ({"resolution": 9}, "cannot be halved"),
+        ({"resolution": 9}, r"is not \(H, W\) to be halved 1 times"),
+        ({"data": "shapes"}, r"is not \(H, W\) to be halved 1 times"),
+        ({"data": "shapes", "flip": True}, "flip is not for shapes, got True"),
+        (
+            {"model": "UNet-cifar", "net": {"augment_dim": 6}},
+            "net.augment_dim must be 6 with augment and 0 without, got 6",
+        ),
+        (
+            {"net": {"dropout": 0.1}, "objective": MeanFlowConfig(jvp="finite-difference")},
+            "objective.jvp must be exact for a network with dropout, got finite-difference",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_run(changes, message, tmp_path):

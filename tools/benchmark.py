@@ -230,7 +230,7 @@ def sampling(options: Sample) -> list[dict]:
             "one step": lambda e=e, y=y: pipe(y, len(e), latents=e, output_type="latent"),
         }
         if vae:
-            ways["one step, decoded"] = lambda e=e, y=y: pipe(y, latents=e, output_type="pt")
+            ways["one step, decoded"] = lambda e=e, y=y: pipe(y, len(e), latents=e, output_type="pt")
         with torch.no_grad():
             seconds = interleaved(ways, options)
         for name, value in seconds.items():
