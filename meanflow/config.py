@@ -4,6 +4,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -15,6 +16,13 @@ HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 def check(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
         raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_each(config: object, names: tuple[str, ...], ok: Callable, allowed: str) -> None:
+    """Checks these fields where they are not None."""
+    for name in names:
+        value = getattr(config, name)
+        check(value is None or ok(value), name, value, allowed)
 
 
 def check_values(config: object) -> None:
@@ -72,11 +80,10 @@ class MeanFlowConfig:
     channel_weights: tuple[float, ...] | Literal["inverse-variance"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("meanflow_ratio", "t_start", "t_end", "class_dropout_prob"):
-            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        check_each(self, ("meanflow_ratio", "class_dropout_prob"), lambda x: 0 <= x <= 1, "in [0, 1]")
+        check_each(self, ("t_start", "t_end"), lambda x: 0 <= x <= 1, "in [0, 1]")
         check_values(self)
-        for name in ("P_std", "P_std_r", "norm_eps", "omega"):
-            check(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        check_each(self, ("P_std", "P_std_r", "norm_eps", "omega"), lambda x: x > 0, "> 0")
         check(self.norm_p >= 0, "norm_p", self.norm_p, ">= 0")
         check(0 <= self.kappa < 1, "kappa", self.kappa, "in [0, 1)")
         check(self.t_start <= self.t_end, "t_start", self.t_start, f"<= t_end, which is {self.t_end}")
@@ -85,10 +92,9 @@ class MeanFlowConfig:
         numbers = isinstance(weights, (tuple, list)) and len(weights) > 0 and min(weights) > 0
         allowed = "numbers > 0, inverse-variance or None"
         check(numbers or weights in (None, "inverse-variance"), "channel_weights", weights, allowed)
-        if self.null_class == "flow":
-            flow, dropped = 1 - self.meanflow_ratio, self.class_dropout_prob
-            limit = f"at most 1 - meanflow_ratio ({flow}) with null_class flow"
-            check(dropped <= flow, "class_dropout_prob", dropped, limit)
+        flow, dropped = 1 - self.meanflow_ratio, self.class_dropout_prob
+        limit = f"at most 1 - meanflow_ratio ({flow}) with null_class flow"
+        check(self.null_class != "flow" or dropped <= flow, "class_dropout_prob", dropped, limit)
 
     @property
     def guided(self) -> bool:
@@ -202,22 +208,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_values(self)
         check(self.steps is not None or self.epochs is not None, "steps", self.steps, "given, or epochs")
-        for name in ("steps", "epochs", "lr", "max_grad_norm", "resolution", "scaling_factor", "push_every"):
-            check(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        every = ("log_every", "sample_every", "checkpoint_every")
-        for name in (*every, "global_batch", "accumulation_steps", "keep", "max_skipped"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        for name in ("warn_at", "halt_at"):
-            check(getattr(self, name) > 1, name, getattr(self, name), "> 1")
-        for name in ("warmup_steps", "seed", "workers", "grace_steps"):
-            check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        check(0 <= self.augment <= 1, "augment", self.augment, "in [0, 1]")
-        for name in ("betas", "ema_decay"):
-            values = getattr(self, name)
+        sizes = ("steps", "epochs", "lr", "max_grad_norm", "resolution", "scaling_factor", "push_every")
+        check_each(self, sizes, lambda x: x > 0, "> 0")
+        counts = ("log_every", "sample_every", "checkpoint_every", "global_batch", "accumulation_steps")
+        check_each(self, (*counts, "keep", "max_skipped"), lambda x: x >= 1, ">= 1")
+        check_each(self, ("warn_at", "halt_at"), lambda x: x > 1, "> 1")
+        check_each(self, ("warmup_steps", "seed", "workers", "grace_steps"), lambda x: x >= 0, ">= 0")
+        check_each(self, ("augment",), lambda x: 0 <= x <= 1, "in [0, 1]")
+        for name, values in (("betas", self.betas), ("ema_decay", self.ema_decay)):
             check(len(values) > 0 and all(0 <= value < 1 for value in values), name, values, "in [0, 1)")
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
-        if self.push_to_hub is not None:
-            check(re.fullmatch(HUB_ID, self.push_to_hub), "push_to_hub", self.push_to_hub, "a Hub id, user/name")
+        check_each(self, ("push_to_hub",), lambda x: re.fullmatch(HUB_ID, x), "a Hub id, user/name")
         unused = self.objective.guided and self.objective.class_dropout_prob == 0
         check(not unused, "objective.class_dropout_prob", 0.0, "> 0 with guidance, which reads the null class")
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")

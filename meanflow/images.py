@@ -58,9 +58,8 @@ def open_source(source: str, split: str):
             if any(entry.is_dir() or entry.suffix in (".parquet", ".arrow") for entry in inside):
                 path = path / split
             # All its files, or the split's tables: datasets by itself takes a class such as bullet_train for a split.
-            tables = [*path.rglob(f"{split}*.parquet"), *path.rglob(f"{split}*.arrow")]
-            files = f"**/{split}*" if tables else "**"
-            return datasets.load_dataset(str(path), data_files={"train": files}, split="train")
+            tables = any(entry.suffix in (".parquet", ".arrow") for entry in path.rglob(f"{split}*"))
+            return datasets.load_dataset(str(path), data_files=f"**/{split}*" if tables else "**", split="train")
         return datasets.load_dataset(source, split=split)
 
 

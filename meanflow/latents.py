@@ -179,10 +179,8 @@ class EncodedImages(LatentSpace):
     def batch(self, indices: Sequence[int], randoms: Iterable[torch.Generator]):
         randoms = list(randoms)
         pixels, y = self.images.batch(indices, randoms)
-        return (
-            pixels,
-            torch.stack([torch.randn(self.shape, generator=random) for random in randoms]),
-        ), y if self.num_classes else None
+        noise = torch.stack([torch.randn(self.shape, generator=random) for random in randoms])
+        return (pixels, noise), y if self.num_classes else None
 
     def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
         mean, std = encode(self.vae.to(pixels.device), pixels)

@@ -99,10 +99,8 @@ class MeanFlow(nn.Module):
             u, u_tgt = torch.cat([u_k, u]), torch.cat([u_tgt_k, v_g[k:]])
             metrics["du_dt"] = du_dt.flatten(1).norm(dim=1).mean()
 
-        squared = (u - u_tgt).square()
-        weighted = (
-            squared if self.channel_weights is None else squared * self.channel_weights.view(-1, *[1] * (x.ndim - 2))
-        )
+        squared, w = (u - u_tgt).square(), self.channel_weights
+        weighted = squared if w is None else squared * w.view(-1, *[1] * (x.ndim - 2))
         error = weighted.flatten(1).sum(dim=1)
         loss = (adaptive_weight(error, config.norm_p, config.norm_eps) * error).mean()
 

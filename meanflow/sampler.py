@@ -25,13 +25,6 @@ def average_velocity(net: Callable, config, z: Tensor, t: Tensor, r: Tensor, y: 
     return out if config.prediction == "u" else (z - out) / expand(t.clamp(min=config.t_min), z)
 
 
-def time_grid(num_steps: int) -> list[float]:
-    """num_steps + 1 times, evenly spaced from 1 to 0."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be >= 1, got {num_steps}")
-    return [1 - i / num_steps for i in range(num_steps + 1)]
-
-
 def sample(u_fn: UFn, e: Tensor, num_steps: int = 1, grid: Sequence[float] | None = None) -> Tensor:
     """MeanFlow sampling, eq. (12) of arXiv:2505.13447: z_r = z_t - (t - r) u(z_t, t, r). One step: x = e - u(e, 1, 0).
 
@@ -42,7 +35,9 @@ def sample(u_fn: UFn, e: Tensor, num_steps: int = 1, grid: Sequence[float] | Non
     Raises:
         ValueError: num_steps < 1 or a grid that does not fall.
     """
-    grid = time_grid(num_steps) if grid is None else list(grid)
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be >= 1, got {num_steps}")
+    grid = [1 - i / num_steps for i in range(num_steps + 1)] if grid is None else list(grid)
     if len(grid) < 2 or not (1 >= grid[0] and grid[-1] >= 0 and all(t > r for t, r in zip(grid, grid[1:]))):
         raise ValueError(f"grid must fall within [0, 1], got {grid}")
     z, ones = e, torch.ones(e.shape[:1], dtype=torch.promote_types(e.dtype, torch.float32), device=e.device)

@@ -80,10 +80,9 @@ def order_slots(config: MeanFlowConfig, slots: Sequence[int], global_batch: int)
     """
     interval, k = has_interval(config, slots, global_batch), num_meanflow(config, global_batch)
     if interval.sum() * global_batch != k * len(slots):
-        raise ValueError(
-            f"a micro-batch of {len(slots)} cannot hold its exact share of the {k} r != t samples in every "
-            f"{global_batch} (meanflow_ratio {config.meanflow_ratio}): change global_batch or accumulation_steps"
-        )
+        share = f"the {k} r != t samples in every {global_batch} (meanflow_ratio {config.meanflow_ratio})"
+        advice = "change global_batch or accumulation_steps"
+        raise ValueError(f"a micro-batch of {len(slots)} cannot hold its exact share of {share}: {advice}")
     slots = torch.tensor(slots)
     return torch.cat([slots[interval], slots[~interval]]).tolist()
 

@@ -145,7 +145,6 @@ class Trainer:
                             self.pusher.start(checkpoint.checkpoints(recipe.out)[-1])
                 if step % recipe.sample_every == 0 or last:
                     draw_samples(recipe, self.data, self.averages[recipe.ema_decay[0]], accelerator, step)
-                    log.draw()
                 if stop:
                     break
             bar.close()
@@ -221,7 +220,7 @@ def learning_rate(recipe: TrainConfig, step: int, total: int) -> float:
 
 @torch.no_grad()
 def draw_samples(recipe: TrainConfig, data: Data, net: nn.Module, accelerator: Accelerator, step: int) -> None:
-    """Writes samples/step-....png: one-step samples, a column per class; of fixed pairs, their images again.
+    """Writes samples/step-....png: one-step samples, a column per class; of fixed pairs, their images again; loss.png.
 
     All processes draw the same, since the network may be sharded.
     """
@@ -237,6 +236,8 @@ def draw_samples(recipe: TrainConfig, data: Data, net: nn.Module, accelerator: A
     x = sample(lambda z, t, r: average_velocity(net, recipe.objective, z, t, r, y), e)
     if accelerator.is_main_process:
         save_grid(data.to_pixels(x), recipe.out / "samples" / f"step-{step:08d}.png", columns)
+        if (recipe.out / "log.jsonl").exists():
+            save_curves(read_log(recipe.out / "log.jsonl"), recipe.out / "loss.png")
 
 
 class Log:
@@ -291,10 +292,6 @@ class Log:
                 line |= {f"{name}/{channel}": v for channel, v in enumerate(line.pop(name))}
         self.accelerator.log(line, step=step)
         return {"raw loss": f"{means['raw_loss']:.4g}", "images/s": f"{rate:.0f}"}
-
-    def draw(self) -> None:
-        if self.accelerator.is_main_process and self.path.exists():
-            save_curves(read_log(self.path), self.recipe.out / "loss.png")
 
 
 def read_log(path: Path) -> list[dict]:

@@ -19,15 +19,12 @@ def _unet_cifar(input_size: int | tuple[int, ...], in_channels: int, **options) 
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     if len(size) != 2 or size[0] != size[1]:
         raise ValueError(f"UNet-cifar takes square images alone, got {input_size}")
-    sizes = {"model_channels": 128, "channel_mult": (2, 2, 2), "num_blocks": 4, "dropout": 0.2, **options}
-    return UNetCifar(img_resolution=size[0], in_channels=in_channels, out_channels=in_channels, **sizes)
+    return UNetCifar(img_resolution=size[0], in_channels=in_channels, out_channels=in_channels, **options)
 
 
 MODELS = {
-    f"DiT-{size}/{patch_size}": partial(
-        DiT, patch_size=patch_size, depth=depth, hidden_size=hidden_size, num_heads=num_heads
-    )
-    for size, (depth, hidden_size, num_heads) in _DIT_SIZES.items()
+    f"DiT-{size}/{patch_size}": partial(DiT, patch_size=patch_size, depth=depth, hidden_size=width, num_heads=heads)
+    for size, (depth, width, heads) in _DIT_SIZES.items()
     for patch_size in (2, 4, 8)
 } | {
     "UNet-cifar": _unet_cifar,

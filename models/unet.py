@@ -101,7 +101,7 @@ class UNetCifar(ModelMixin, ConfigMixin):
 
     Args:
         img_resolution: height and width of z; each level after the first halves them.
-        model_channels: width; a level has model_channels * channel_mult of its own. Times 4: width of the embedding.
+        model_channels: width, of which a level has channel_mult times as much; from 128 on a multiple of 32, else of 4.
         num_blocks: residual blocks a level, one more on the way up.
         augment_dim: numbers that say how a sample was augmented; 0: none.
         num_classes: classes 0..num_classes - 1; num_classes itself is the null class. 0: unconditional, y is None.
@@ -118,18 +118,16 @@ class UNetCifar(ModelMixin, ConfigMixin):
         img_resolution: int,
         in_channels: int,
         out_channels: int,
-        model_channels: int,
-        channel_mult: tuple[int, ...],
-        num_blocks: int,
-        dropout: float,
+        model_channels: int = 128,
+        channel_mult: tuple[int, ...] = (2, 2, 2),
+        num_blocks: int = 4,
+        dropout: float = 0.2,
         augment_dim: int = 0,
         num_classes: int = 0,
     ):
         super().__init__()
         if img_resolution % 2 ** (len(channel_mult) - 1):
             raise ValueError(f"img_resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times")
-        if model_channels % 4:
-            raise ValueError(f"model_channels must be a multiple of 4, got {model_channels}")
         self.z_shape = (in_channels, img_resolution, img_resolution)
         self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() sets it
         embedding_size = 4 * model_channels
