@@ -152,7 +152,7 @@ def test_fresh_network_returns_next_to_nothing(name):
     [
         ("UNet-cifar", {"input_size": 30}, "img_resolution 30 cannot be halved 2 times"),
         ("UNet-cifar", {"input_size": (32, 16)}, "UNet-cifar takes square images alone"),
-        ("UNet-cifar", {"model_channels": 18}, "num_channels must be divisible by num_groups"),
+        ("UNet-cifar", {"model_channels": 18}, r"num_channels \(18\) must be divisible by num_groups"),
         ("UNet-digits", {"input_size": 9}, r"input_size 9 is not \(H, W\) to be halved 1 times"),
         ("UNet-digits", {"input_size": (8, 8, 8)}, r"input_size \(8, 8, 8\) is not \(H, W\) to be halved 1 times"),
         ("UNet-digits", {"attention": (True,)}, "same number of"),
