@@ -8,9 +8,9 @@ from torchvision.utils import make_grid, save_image
 
 
 def save_grid(x: Tensor, path: Path, columns: int) -> None:
-    """Writes pixels in [-1, 1], (B, C, H, W), as a PNG grid; small images are enlarged to 32 pixels or more."""
+    """Writes pixels in [-1, 1], (B, C, H, W), as a PNG grid; small ones are enlarged, to sides of 32 or more."""
     x = x.detach().float().cpu().clamp(-1, 1)
-    enlarge = -(-32 // x.shape[-1])
+    enlarge = -(-32 // min(x.shape[2:]))
     x = x.repeat_interleave(enlarge, dim=-1).repeat_interleave(enlarge, dim=-2)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(make_grid(x / 2 + 0.5, nrow=columns, pad_value=0.5), path)
