@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from conftest import perturbed
 from safetensors.torch import load_file
 
-from meanflow import checkpoint
+from meanflow import checkpoint, trainer
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.guard import DIVERGED, STOPPED
 from meanflow.trainer import Trainer, read_log
@@ -141,8 +141,8 @@ KILLS = {
     "before the rename": kill_at(Path, "rename", 1),
     "after the rename": kill_at(Path, "rename", 1, after=True),
     "amid pruning": kill_at(shutil, "rmtree", 0),
-    "between": kill_at(Trainer, "seed_network", 6),
-    "between, later": kill_at(Trainer, "seed_network", 17),
+    "between": kill_at(trainer, "stream_seed", 6),
+    "between, later": kill_at(trainer, "stream_seed", 17),
 }
 
 

@@ -130,8 +130,8 @@ def test_channel_that_breaks_is_named_and_the_last_good_checkpoint_stays(tmp_pat
 
 
 @pytest.mark.slow
-def test_run_on_synthetic_volumes_has_their_channels_means_and_deviations(tmp_path, tool):
-    """To a quarter after a third of the recipe's steps; its loss is a tenth of that of u = 0, sum(var e + E x^2)."""
+def test_run_on_synthetic_volumes_learns_them(tmp_path, tool):
+    """After a third of README.md's steps: a loss of a tenth of that of u = 0, sum(var e + E x^2), and no collapse."""
     flags = ["--data", "shapes", "--model", "DiT-XS/4", "--steps", 400, "--global-batch", 32, "--lr", 2e-3]
     flags += ["--schedule", "cosine", "--ema-decay", 0.99, "--log-every", 100]
     tool("recipes/volumes_dit", *flags, "--out", tmp_path / "run")
@@ -143,5 +143,6 @@ def test_run_on_synthetic_volumes_has_their_channels_means_and_deviations(tmp_pa
     made = np.stack([np.load(path) for path in sorted((tmp_path / "out").glob("*.npy"))])
     for channel in range(4):
         a, b = made[:, channel], x[:, channel].numpy()
-        print(channel, a.mean() / b.mean(), a.std() / b.std())
-        assert abs(a.std() - b.std()) < 0.25 * b.std() and abs(a.mean() - b.mean()) < 0.25 * abs(b.mean())
+        spread = a.std(axis=0).mean() / b.std(axis=0).mean()  # over the samples: 0 where all are the same
+        print(channel, spread, (a.mean() - b.mean()) / b.std())
+        assert 0.3 < spread < 1.2 and abs(a.mean() - b.mean()) < 0.25 * b.std()
