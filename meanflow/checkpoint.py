@@ -274,6 +274,6 @@ def load_network(folder: Path, decay: float | None = None) -> tuple[ModelMixin, 
         raise ValueError(f"ema must be one of {', '.join(map(str, recipe['ema_decay']))} for {folder}, got {decay}")
     verify(folder, f"ema/{decay}/")
     average = folder / "ema" / str(decay)
-    net = NETWORKS[json.loads((average / "config.json").read_text())["_class_name"]].from_pretrained(average)
+    net = NETWORKS[read_json(average / "config.json")["_class_name"]].from_pretrained(average)
     objective = {name: tuple(v) if isinstance(v, list) else v for name, v in recipe["objective"].items()}
     return net.eval(), MeanFlowConfig(**objective)

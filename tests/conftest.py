@@ -1,7 +1,9 @@
 """What several tests share."""
 
 import runpy
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,18 @@ def hub(monkeypatch) -> hub_server.Hub:
     HUB.__init__()
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
     return HUB
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """The folder as a disk of its own in memory, which fills up for real; only root may mount one."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mount needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import hub_server
 import numpy as np
 import pytest
 import torch
-from conftest import save_vae
+from conftest import save_vae, small_disk
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -146,14 +146,9 @@ def test_push_without_permission_ends_with_one_line(token, message, hub, digits_
 def test_full_disk_for_the_cache_ends_with_one_line(hub, digits_run, tool, tmp_path):
     tool("push_to_hub", digits_run / "pipeline", "user/digits")
     small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("mount needs root")
-    try:
+    with small_disk(small, "1m"):
         shown = call([*SAMPLE, "user/digits", "--out", tmp_path / "x.png"], code=1, HF_HOME=str(small))
         assert "error: user/digits is no folder, and from the Hub it cannot be had: " in shown and "space" in shown
-    finally:
-        subprocess.run(["umount", small], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -293,17 +288,12 @@ def test_push_is_tried_again(hub, digits_run, tool):
 def test_full_disk_for_the_cache_does_not_touch_the_run(planted, recipe, plain, tmp_path, capfd, monkeypatch):
     """An upload needs none: it is pushed all the same."""
     small = tmp_path / "small"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("mount needs root")
-    try:
+    with small_disk(small, "1m"):
         with pytest.raises(OSError, match="No space left"):
             (small / "full").write_bytes(bytes(2**21))
         monkeypatch.setenv("HF_HOME", str(small / "hf"))
         monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
         assert trained(replace(recipe, push_to_hub="user/run", push_every=3)) == 0
-    finally:
-        subprocess.run(["umount", small], check=True)
     assert "user/run: pushed" in capfd.readouterr().err and digest(recipe.out) == plain
 
 

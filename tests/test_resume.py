@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
-from conftest import perturbed
+from conftest import perturbed, small_disk
 from safetensors.torch import load_file
 
 from meanflow import checkpoint, trainer
@@ -257,11 +256,7 @@ def test_folder_that_cannot_be_written_is_refused(recipe):
 
 def test_full_disk_while_saving_is_said_and_the_run_goes_on(recipe, capfd):
     """A small disk in memory with room for one checkpoint and a half: the first stays, the run ends with an error."""
-    recipe.out.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", recipe.out], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mount needs root")
-    try:
+    with small_disk(recipe.out, "7m"):
         real = shutil.disk_usage
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("shutil.disk_usage", lambda path: real("/"))  # the preflight would refuse it
@@ -273,8 +268,6 @@ def test_full_disk_while_saving_is_said_and_the_run_goes_on(recipe, capfd):
         checkpoint.verify(recipe.out / "step-00000004")
         assert read_log(recipe.out / "log.jsonl")[-1]["step"] == 12
         assert not list(recipe.out.glob(".step*"))
-    finally:
-        subprocess.run(["umount", recipe.out], check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -73,7 +73,7 @@ def test_volume_that_does_not_fit_is_named_before_the_run(name, content, message
     if isinstance(content, bytes):
         (folder / name).write_bytes(content)
     else:
-        np.save(folder / name, content, allow_pickle=True)
+        np.save(folder / name, content, allow_pickle=True)  # one is a pickle, which nobody is to load
     with pytest.raises(ValueError, match=message) as error:
         load_data(recipe(folder))
     assert "\n" not in str(error.value)
