@@ -1,16 +1,24 @@
-"""Everything that a run can be told. No torch here: `--help` has to be quick."""
+"""Every option of a run, with its range, and how a recipe is written down. No torch here: `--help` has to be quick."""
 
+import json
 import math
-import os
 import re
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-# user/name, a repository of the Hub
+# A repository of the Hub: user/name.
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+
+# Fields that may change when a run resumes, because they change no number, or only by rounding (accumulation_steps).
+# Where the data and the VAE lie may change too: their content is compared instead.
+FREE_ON_RESUME = {
+    *("out", "data", "vae", "verify", "resume", "dry_run", "workers", "track"),
+    *("log_every", "sample_every", "checkpoint_every", "keep", "push_to_hub", "push_every"),
+    *("accumulation_steps", "activation_checkpointing"),
+    *("warn_at", "halt_at", "grace_steps", "max_skipped"),
+}
 
 
 def check(ok: bool, name: str, value: object, allowed: str) -> None:
@@ -19,13 +27,14 @@ def check(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 def check_each(config: object, names: tuple[str, ...], ok: Callable, allowed: str) -> None:
-    """Checks these fields where they are not None."""
+    """Checks each of these fields that is not None."""
     for name in names:
         value = getattr(config, name)
         check(value is None or ok(value), name, value, allowed)
 
 
 def check_values(config: object) -> None:
+    """Checks that every float is finite and that every Literal has one of its values."""
     for f in fields(config):
         value = getattr(config, f.name)
         check(not isinstance(value, float) or math.isfinite(value), f.name, value, "finite")
@@ -35,71 +44,93 @@ def check_values(config: object) -> None:
 
 
 @dataclass(frozen=True)
-class MeanFlowConfig:
-    """The objective of arXiv:2505.13447. Flow matching is meanflow_ratio 0, plain squared error norm_p 0.
+class ObjectiveConfig:
+    """The base of every objective's options: the fields of a subclass are the flags --objective.NAME.
 
     Raises:
-        ValueError: a value is out of range; the message names both.
+        ValueError: a value is out of range; the message names the field and the value.
+    """
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True)
+class MeanFlowConfig(ObjectiveConfig):
+    """The objective of arXiv:2505.13447. Flow matching is meanflow_ratio 0; plain squared error is norm_p 0.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field and the value.
     """
 
     # share of the samples with r != t, in [0, 1]; the others are flow matching
     meanflow_ratio: float = 0.25
-    # v0 (the paper's): t, r = max, min of two logit-normal draws; v1: t by itself, r = min(t, r)
+    # v0 (the paper's): t and r are the maximum and the minimum of two logit-normal draws; v1 (the authors' CIFAR-10
+    # code): t is drawn by itself, and r = min(t, r)
     time_sampler: Literal["v0", "v1"] = "v0"
     # mean of logit(t)
     P_mean: float = -0.4
     # standard deviation of logit(t), > 0
     P_std: float = 1.0
-    # mean of logit(r), where it has its own
+    # mean of logit(r); default: P_mean
     P_mean_r: float | None = None
-    # standard deviation of logit(r), where it has its own
+    # standard deviation of logit(r), > 0; default: P_std
     P_std_r: float | None = None
-    # power of the adaptive weight 1 / (squared error + norm_eps)^norm_p, >= 0; 0: none, 0.5: pseudo-Huber
+    # power of the adaptive weight 1 / (squared error + norm_eps)^norm_p, >= 0; 0: no weight, 0.5: pseudo-Huber
     norm_p: float = 1.0
-    # > 0 (official code: 0.01 for ImageNet, 0.001 for CIFAR-10)
+    # added to the squared error in the adaptive weight, > 0 (official code: 0.01 for ImageNet, 0.001 for CIFAR-10)
     norm_eps: float = 0.01
-    # guidance in training, > 0: weight of the true velocity; effective scale omega / (1 - kappa)
+    # guidance in training: weight of the true velocity, > 0; the effective scale is omega / (1 - kappa)
     omega: float = 1.0
-    # guidance in training, in [0, 1): weight of the class-conditional prediction
+    # guidance in training: weight of the class-conditional prediction, in [0, 1)
     kappa: float = 0.0
-    # guidance acts from this t, in [0, 1] ...
+    # guidance acts on the times from t_start, in [0, 1] ...
     t_start: float = 0.0
-    # ... to this, both included
+    # ... to t_end, in [0, 1], both included
     t_end: float = 1.0
-    # share of the labels replaced by the null class, in [0, 1]; there the velocity is not guided
+    # share of the labels that become the null class, in [0, 1]; their velocity is not guided
     class_dropout_prob: float = 0.1
-    # which labels: any; or, as the official code does, those of r = t samples alone, as often overall
+    # which labels may become the null class. independent: any; flow: only those of r = t samples, as in the official
+    # code, so that the share of all labels is the same
     null_class: Literal["independent", "flow"] = "independent"
-    # what the network returns: the average velocity u; or the clean x, with u = (z - x) / max(t, t_min)
+    # what the network returns. u: the average velocity; x: the clean sample, so that u = (z - x) / max(t, t_min)
     prediction: Literal["u", "x"] = "u"
-    # smallest t, in (0, 1), when the prediction is x: for the division and for the times drawn
+    # with prediction x: the smallest t that is drawn and that is divided by, in (0, 1)
     t_min: float = 0.05
-    # how du/dt is computed; finite differences are for networks without forward-mode derivatives
+    # how du/dt is computed; finite-difference is for networks that have no forward-mode derivative
     jvp: Literal["exact", "finite-difference"] = "exact"
-    # weight of each channel's squared error; inverse-variance: 1 / the data's variance of each; none: 1
+    # weight of each channel's squared error: numbers; inverse-variance: 1 / the variance of each channel of the data;
+    # none: 1
     channel_weights: tuple[float, ...] | Literal["inverse-variance"] | None = None
 
     def __post_init__(self) -> None:
         check_each(self, ("meanflow_ratio", "class_dropout_prob"), lambda x: 0 <= x <= 1, "in [0, 1]")
         check_each(self, ("t_start", "t_end"), lambda x: 0 <= x <= 1, "in [0, 1]")
-        check_values(self)
+        super().__post_init__()
         check_each(self, ("P_std", "P_std_r", "norm_eps", "omega"), lambda x: x > 0, "> 0")
         check(self.norm_p >= 0, "norm_p", self.norm_p, ">= 0")
         check(0 <= self.kappa < 1, "kappa", self.kappa, "in [0, 1)")
         check(self.t_start <= self.t_end, "t_start", self.t_start, f"<= t_end, which is {self.t_end}")
         check(0 < self.t_min < 1, "t_min", self.t_min, "in (0, 1)")
         weights = self.channel_weights
-        numbers = isinstance(weights, (tuple, list)) and len(weights) > 0 and min(weights) > 0
+        are_numbers = isinstance(weights, (tuple, list)) and len(weights) > 0 and min(weights) > 0
         allowed = "numbers > 0, inverse-variance or None"
-        check(numbers or weights in (None, "inverse-variance"), "channel_weights", weights, allowed)
+        check(are_numbers or weights in (None, "inverse-variance"), "channel_weights", weights, allowed)
         flow, dropped = 1 - self.meanflow_ratio, self.class_dropout_prob
         limit = f"at most 1 - meanflow_ratio ({flow}) with null_class flow"
         check(self.null_class != "flow" or dropped <= flow, "class_dropout_prob", dropped, limit)
+        learns_null = not self.guided or dropped > 0
+        check(learns_null, "objective.class_dropout_prob", dropped, "> 0 with guidance, which reads the null class")
 
     @property
     def guided(self) -> bool:
         """Whether guidance is trained in."""
         return (self.omega, self.kappa) != (1.0, 0.0)
+
+    @property
+    def effective_scale(self) -> float:
+        """The CFG scale that omega and kappa train in; 1 is none."""
+        return self.omega / (1 - self.kappa)
 
 
 @dataclass(frozen=True)
@@ -107,63 +138,68 @@ class TrainConfig:
     """A recipe: the data, the network, the objective and how long to train. Counts of images are over all processes.
 
     Raises:
-        ValueError: a value is out of range; the message names both.
+        ValueError: a value is out of range; the message names the field and the value.
     """
 
     # folder of the checkpoints, logs and pictures; the same command resumes from it
     out: Path = Path("runs/run")
-    # a folder of tools/cache_latents.py; images: a folder with a subfolder per class, a file or folder of parquet or
-    # arrow, a Hub id; a folder of volumes, .npy or .safetensors; digits: the 8 x 8 handwritten digits of scikit-learn;
-    # or shapes: 512 synthetic volumes
+    # what to train on. A folder of tools/cache_latents.py; images: a folder with a subfolder per class, a file or
+    # folder of parquet or arrow, or a Hub id; a folder of volumes, .npy or .safetensors; digits: the 8 x 8 handwritten
+    # digits of scikit-learn; shapes: 512 synthetic volumes
     data: str = "digits"
-    # height and width of the images, before a VAE; latents must have been made at it
+    # height and width of the images before a VAE; a latent cache must have been made at it
     resolution: int | None = None
-    # folder, Hub id or ID@REVISION of the AutoencoderKL that made the latents, or that images go through each time;
-    # none: pixels
+    # folder, Hub id or ID@REVISION of the AutoencoderKL that made the latents, or that encodes the images at each
+    # step; none: train on pixels
     vae: str | None = None
-    # the VAE's, by which its latents are multiplied; a cache must have noted the same
+    # the factor that the VAE's latents are multiplied by; a latent cache must have noted the same
     scaling_factor: float | None = None
-    # of latents. scale: the VAE's own scaling; channel: mean 0 and deviation 1 of each channel over the cache
+    # how latents are normalised. scale: by the scaling factor; channel: each channel of the cache to mean 0 and
+    # standard deviation 1
     normalization: Literal["scale", "channel"] = "scale"
-    # cut the middle square of each image at --resolution; no-crop: images have that size, and are read at the start
+    # crop: cut the middle square of each image at --resolution; no-crop: the images have that size already, and are
+    # read into memory at the start
     crop: bool = True
     # mirror each image with probability 1/2 at each visit
     flip: bool = False
-    # probability of each of EDM's augmentations (arXiv:2206.00364), in [0, 1]; the network is told: net.augment_dim 6
+    # probability of each of EDM's augmentations (arXiv:2206.00364), in [0, 1]; the network is told of them and needs
+    # net.augment_dim 6
     augment: float = 0.0
-    # use the data's classes; no-class-conditional: as if they had none
+    # use the data's classes; no-class-conditional: train as if there were none
     class_conditional: bool = True
-    # train on this many classes and images of each alone
+    # train on only this many classes, and on this many images of each
     subset: tuple[int, int] | None = None
     # give each image one fixed noise, so that a network can memorise the pairs
     fixed_noise: bool = False
-    # name in models.MODELS
+    # name of the network, in models.MODELS
     model: str = "DiT-B/4"
-    # sizes of the network that are not the name's, such as dropout 0.2
+    # sizes of the network that differ from those of its name, such as dropout 0.2
     net: dict[str, int | float | tuple[int, ...]] = field(default_factory=dict)
-    # what is minimised, arXiv:2505.13447
-    objective: MeanFlowConfig = MeanFlowConfig()
+    # what is minimised: by default the objective of arXiv:2505.13447
+    objective: ObjectiveConfig = MeanFlowConfig()
     # passes over the data
     epochs: float | None = None
-    # optimiser steps; they go before epochs
+    # optimiser steps; they take precedence over epochs
     steps: int | None = None
     # images per optimiser step, over all processes and accumulation steps
     global_batch: int = 256
     # micro-batches per optimiser step and process
     accumulation_steps: int = 1
-    # rate of Adam, > 0
+    # learning rate, > 0
     lr: float = 1e-4
     # betas of Adam, in [0, 1)
     betas: tuple[float, float] = (0.9, 0.95)
-    # the rate after the warm-up; cosine and linear end at 0
+    # decoupled weight decay, >= 0: 0 trains by Adam, more by AdamW, which spares norms, biases and embeddings
+    weight_decay: float = 0.0
+    # the learning rate after the warm-up; cosine and linear end at 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    # optimiser steps over which the rate rises linearly; with 0 the first step has the full rate
+    # optimiser steps over which the learning rate rises linearly; with 0 the first step has the full rate
     warmup_steps: int = 0
-    # clip the gradient to this norm, > 0
+    # clip the gradient to this norm, > 0; none: no clipping
     max_grad_norm: float | None = None
-    # bf16: autocast; weights, times, the loss and the average stay float32
+    # bf16: autocast; weights, times, the loss and the averages stay float32
     mixed_precision: Literal["no", "bf16"] = "no"
-    # decays of the averaged weights, in [0, 1); the first makes the sample pictures
+    # decays of the averaged weights, in [0, 1); the first average draws the sample pictures
     ema_decay: tuple[float, ...] = (0.9999,)
     # data order, noise, times and label drop are functions of the seed, the step and the place in the batch
     seed: int = 0
@@ -173,36 +209,39 @@ class TrainConfig:
     sample_every: int = 1000
     # optimiser steps between checkpoints; the last step always has one
     checkpoint_every: int = 1000
-    # checkpoints kept, the newest
+    # how many of the newest checkpoints are kept
     keep: int = 2
-    # auto: go on from the newest checkpoint of --out, if there is one; never: begin anew; or a checkpoint's folder
+    # auto: go on from the newest checkpoint of --out, if there is one; never: refuse a folder that has one; or the
+    # folder of a checkpoint to go on from
     resume: str = "auto"
     # begin with the weights of this checkpoint, exported folder, Hub id or ID@REVISION, of a network of this shape
     init_from: str | None = None
-    # compute the blocks' activations twice instead of keeping them: less memory, a forward more
+    # compute the blocks' activations twice instead of keeping them: less memory for one more forward
     activation_checkpointing: bool = False
-    # say so when the raw loss is this many times its running level, > 1
+    # warn when a channel's raw loss is this many times its running level, or its level this many times the lowest
+    # that it has been, > 1
     warn_at: float = 10.0
-    # halt when it is this many times its running level, > 1
+    # halt when either is this many times as high, > 1
     halt_at: float = 100.0
-    # optimiser steps before either
+    # optimiser steps before the run can warn or halt
     grace_steps: int = 200
     # halt after so many steps in a row whose gradients are not finite; each such step is skipped
     max_skipped: int = 10
-    # Hub id to push the pipeline to, private at first; in the background, and no fault of it is the run's
+    # Hub id to push the pipeline to, private at first; it is pushed in the background, and a failure does not touch
+    # the run
     push_to_hub: str | None = None
-    # optimiser steps between pushes, which have a checkpoint each; none: at the end alone
+    # optimiser steps between pushes; each also writes a checkpoint; none: push only at the end
     push_every: int | None = None
     # trackers that get the log's numbers, too
     track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    # processes that load data, of each training process; 0: it loads by itself, between steps
+    # processes that load data for each training process; 0: it loads between the steps
     workers: int = 0
-    # compare the latents' checksums before the first step
+    # compare the checksums of a latent cache before the first step
     verify: bool = True
     # print what the run would be, refuse what cannot work, and stop
     dry_run: bool = False
-    # 4 steps of a small network, in a folder of their own; instead of latents, random ones; instead of images, digits;
-    # instead of volumes, shapes
+    # train 4 steps of a small network in a folder of its own, on random latents instead of a cache, on digits instead
+    # of images, on shapes instead of volumes
     smoke: bool = False
 
     def __post_init__(self) -> None:
@@ -213,54 +252,43 @@ class TrainConfig:
         counts = ("log_every", "sample_every", "checkpoint_every", "global_batch", "accumulation_steps")
         check_each(self, (*counts, "keep", "max_skipped"), lambda x: x >= 1, ">= 1")
         check_each(self, ("warn_at", "halt_at"), lambda x: x > 1, "> 1")
-        check_each(self, ("warmup_steps", "seed", "workers", "grace_steps"), lambda x: x >= 0, ">= 0")
+        not_negative = ("warmup_steps", "seed", "workers", "grace_steps", "weight_decay")
+        check_each(self, not_negative, lambda x: x >= 0, ">= 0")
         check_each(self, ("augment",), lambda x: 0 <= x <= 1, "in [0, 1]")
         for name, values in (("betas", self.betas), ("ema_decay", self.ema_decay)):
             check(len(values) > 0 and all(0 <= value < 1 for value in values), name, values, "in [0, 1)")
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
         check_each(self, ("push_to_hub",), lambda x: re.fullmatch(HUB_ID, x), "a Hub id, user/name")
-        unused = self.objective.guided and self.objective.class_dropout_prob == 0
-        check(not unused, "objective.class_dropout_prob", 0.0, "> 0 with guidance, which reads the null class")
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")
         unscaled = self.vae is not None and None in (self.scaling_factor, self.resolution)
         check(not unscaled, "scaling_factor and resolution", None, f"given with a vae, {self.vae}")
 
 
-def smoke_test(recipe: TrainConfig) -> TrainConfig:
-    """The recipe's smoke test, on any number of processes; on digits or shapes where it has no latents."""
-    data, flip, out = recipe.data, recipe.flip, recipe.out.with_name(f"{recipe.out.name}-smoke")
-    if recipe.vae is None:
-        data, flip = "digits" if data == "digits" or recipe.resolution else "shapes", False
-    parts = int(os.environ.get("WORLD_SIZE", 1)) * recipe.accumulation_steps
-    batch = 4 * parts * math.ceil(4 / parts)
-    every = {"log_every": 1, "sample_every": 4, "checkpoint_every": 2}
-    return replace(recipe, data=data, flip=flip, out=out, steps=4, global_batch=batch, **every)
+def flatten(nested: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat = {}
+    for name, value in nested.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
-def run(recipe: TrainConfig) -> None:
-    """A recipe's main program: flags first, then torch, then training. Bad input ends it with one line and code 1."""
-    import tyro
+def recipe_fields(recipe: TrainConfig, objective_class: str = "MeanFlow") -> dict:
+    """The recipe as recipe.json has it: nested dictionaries, lists for tuples, the name of the objective's class."""
+    nested = {**asdict(recipe), "objective_class": objective_class}
+    return json.loads(json.dumps(nested, default=str))
 
-    written = recipe
-    recipe = tyro.cli(type(recipe), default=recipe, description=sys.modules["__main__"].__doc__)
-    if recipe.epochs != written.epochs and recipe.steps == written.steps:
-        recipe = replace(recipe, steps=None)  # the flag goes before what is written
-    if recipe.smoke:
-        recipe = smoke_test(recipe)
-        os.environ["HF_HUB_OFFLINE"] = "1"  # a test of this machine, not of the network
-    try:
-        if recipe.dry_run:
-            from meanflow.preflight import dry_run
 
-            return dry_run(recipe)
-        from meanflow.trainer import Trainer
+def with_defaults(old: dict) -> dict:
+    """The content of a recipe.json; the fields that are newer than it have their defaults, which it was trained by."""
+    defaults = recipe_fields(TrainConfig(steps=1))
+    complete = {**defaults, **old}
+    if complete["objective_class"] == "MeanFlow":
+        complete["objective"] = {**defaults["objective"], **old["objective"]}
+    return complete
 
-        trainer = Trainer(recipe)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    from meanflow.images import UnreadableImage
 
-    try:
-        trainer.train()
-    except UnreadableImage as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # a loading process puts a traceback before it
+def different(old: dict, new: dict, free: set[str]) -> list[tuple[str, object, object]]:
+    """The name and both values of each field in which two nested dictionaries differ, except the fields in `free`."""
+    old, new = flatten(old), flatten(new)
+    names = sorted({*old, *new} - free)
+    return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]

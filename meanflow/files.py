@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and errors in one line."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ def write_json(path: Path, fields: dict) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that a reader sees the old text or the new, never a part."""
+    """Writes a small file so that a reader sees the old text or the new text, and never a part of it."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     sync(temporary)
@@ -27,7 +27,9 @@ def write_whole(path: Path, text: str) -> None:
 
 def sync(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
@@ -45,7 +47,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def errors_as(words: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Makes an error, of the many kinds that packages raise, one of ours in one line: the words, then what it says."""
+    """Turns any error inside, whatever package raises it, into one of `kind`: the words, then its message."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,6 @@
-"""Random numbers that are functions of a seed and a place: on the CPU, so the same on every machine.
+"""Random numbers that are functions of a seed and a place. They are drawn on the CPU, so every machine has the same.
 
-It needs torch alone: a copy travels with every published model, beside the pipeline.
+This file needs only torch: a copy of it travels with every published model, beside the pipeline.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ def stream_seed(seed: int, index: int, stream: str) -> int:
 def generator(seed: int, index: int, stream: str = "draws") -> torch.Generator:
     """The random numbers of one slot, epoch or image; streams are independent of each other.
 
-    torch keeps 32 bits of a seed: of 3e8 slots some 7 % share their numbers with another, at another time.
+    torch keeps 32 bits of a seed: of 3e8 slots some 7 % share their numbers with another slot, at another time.
     """
     return torch.Generator().manual_seed(stream_seed(seed, index, stream))
 
 
 def noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise, (len(indices), *shape), on the CPU; each image's depends on (seed, its index) alone."""
+    """Standard normal noise, (len(indices), *shape), on the CPU; image k's noise depends only on (seed, k)."""
     return torch.stack([torch.randn(shape, generator=generator(seed, index, "noise")) for index in indices])

@@ -1,6 +1,6 @@
 """Samplers: from noise e at t = 1 to data at t = 0, for any u_fn(z, t, r) -> u.
 
-It needs torch alone: a copy travels with every published model, beside the pipeline.
+This file needs only torch: a copy of it travels with every published model, beside the pipeline.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 UFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+Cond = dict[str, Tensor]  # conditions that go to the network by keyword, each (B, ...)
 
 
 def expand(t: Tensor, z: Tensor) -> Tensor:
@@ -16,24 +17,30 @@ def expand(t: Tensor, z: Tensor) -> Tensor:
     return t.view(-1, *[1] * (z.ndim - 1))
 
 
-def average_velocity(net: Callable, config, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
-    """u(z_t, t, r, y), like z; u(z_t, t, t, y) is the instantaneous velocity.
+def average_velocity(
+    net: Callable, z: Tensor, t: Tensor, r: Tensor, cond: Cond, prediction: str = "u", t_min: float = 0.05
+) -> Tensor:
+    """u(z_t, t, r | cond), like z; u(z_t, t, t | cond) is the instantaneous velocity.
 
-    With config.prediction "x" net returns x_hat and u = (z - x_hat) / max(t, config.t_min), arXiv:2601.22158.
+    Args:
+        net: net(z, t, h, **cond) with h = t - r.
+        t, r: the interval's ends in [0, 1], r <= t, (B,).
+        prediction: "u" if the network returns u; "x" if it returns x_hat, so that u = (z - x_hat) / max(t, t_min),
+            arXiv:2601.22158.
     """
-    out = net(z, t, t - r, y).to(z.dtype)  # from autocast back to at least float32
-    return out if config.prediction == "u" else (z - out) / expand(t.clamp(min=config.t_min), z)
+    out = net(z, t, t - r, **cond).to(z.dtype)  # from autocast back to at least float32
+    return out if prediction == "u" else (z - out) / expand(t.clamp(min=t_min), z)
 
 
 def sample(u_fn: UFn, e: Tensor, num_steps: int = 1, grid: Sequence[float] | None = None) -> Tensor:
     """MeanFlow sampling, eq. (12) of arXiv:2505.13447: z_r = z_t - (t - r) u(z_t, t, r). One step: x = e - u(e, 1, 0).
 
     Args:
-        u_fn: average velocity with the labels bound; t, r are (B,).
+        u_fn: the average velocity with its conditions bound; t, r are (B,).
         e: noise, (B, C, *S).
-        grid: other times than num_steps even steps, falling within [0, 1], e.g. (1, 0.5, 0).
+        grid: falling times within [0, 1], such as (1, 0.5, 0); default: num_steps even steps from 1 to 0.
     Raises:
-        ValueError: num_steps < 1 or a grid that does not fall.
+        ValueError: num_steps < 1, or a grid that does not fall.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be >= 1, got {num_steps}")
@@ -76,21 +83,23 @@ def rk4(u_fn: UFn, e: Tensor, num_steps: int = 12) -> Tensor:
 
 
 SOLVERS = {"meanflow": sample, "euler": euler, "heun": heun, "rk4": rk4}
-STEPS = {"meanflow": 1, "euler": 50, "heun": 25, "rk4": 12}  # where none are asked for
+STEPS = {"meanflow": 1, "euler": 50, "heun": 25, "rk4": 12}  # the default of each
 
 
-def cfg(u_fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], y: Tensor, null_class: int, cfg_scale: float) -> UFn:
+def cfg(u_fn: Callable[[Tensor, Tensor, Tensor, Cond], Tensor], cond: Cond, null_class: int, cfg_scale: float) -> UFn:
     """Classifier-free guidance while sampling: u_null + cfg_scale (u_cond - u_null), arXiv:2207.12598.
 
-    Two evaluations a step, in one batch. It needs a null class that was trained on the intervals that are sampled.
+    It evaluates both in one batch. The null class must have been trained on the intervals that are sampled.
 
     Args:
-        u_fn: (z, t, r, y) -> u. y: (B,) int64.
+        u_fn: (z, t, r, cond) -> u.
+        cond: its "y", (B,) int64, becomes the null class in the first half of the batch; the others stay.
     """
-    labels = torch.cat([torch.full_like(y, null_class), y])
+    null = {**cond, "y": torch.full_like(cond["y"], null_class)}
+    both = {name: torch.cat([null[name], cond[name]]) for name in cond}
 
     def guided(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        u_null, u_cond = u_fn(*(torch.cat([a, a]) for a in (z, t, r)), labels).chunk(2)
+        u_null, u_cond = u_fn(*(torch.cat([a, a]) for a in (z, t, r)), both).chunk(2)
         return u_null + cfg_scale * (u_cond - u_null)
 
     return guided

@@ -9,7 +9,7 @@ Reported by that code (github.com/Gsunshine/py-meanflow): FID 2.80 to 2.9 at 1 N
 
 from pathlib import Path
 
-from meanflow.config import MeanFlowConfig, TrainConfig, run
+from meanflow import MeanFlowConfig, TrainConfig, run
 
 RECIPE = TrainConfig(
     out=Path("runs/cifar10"),

@@ -10,7 +10,7 @@ README.md has what guidance does to a small network on digits.
 
 from pathlib import Path
 
-from meanflow.config import MeanFlowConfig, TrainConfig, run
+from meanflow import MeanFlowConfig, TrainConfig, run
 
 RECIPE = TrainConfig(
     out=Path("runs/cifar10_cond"),

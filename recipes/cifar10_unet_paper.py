@@ -8,7 +8,7 @@
 
 from pathlib import Path
 
-from meanflow.config import MeanFlowConfig, TrainConfig, run
+from meanflow import MeanFlowConfig, TrainConfig, run
 
 RECIPE = TrainConfig(
     out=Path("runs/cifar10_paper"),

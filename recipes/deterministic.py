@@ -10,7 +10,7 @@ Expected: raw_loss in log.jsonl below 1e-4 per pixel (an image has 64), and samp
 
 from pathlib import Path
 
-from meanflow.config import MeanFlowConfig, TrainConfig, run
+from meanflow import MeanFlowConfig, TrainConfig, run
 
 RECIPE = TrainConfig(
     out=Path("runs/deterministic"),

@@ -8,7 +8,7 @@ same command resumes from --out. No paper trains on these digits; ours: README.m
 
 from pathlib import Path
 
-from meanflow.config import MeanFlowConfig, TrainConfig, run
+from meanflow import MeanFlowConfig, TrainConfig, run
 
 RECIPE = TrainConfig(
     out=Path("runs/digits"),

@@ -8,7 +8,7 @@ Every field is a flag. The same command resumes from --out.
 
 from pathlib import Path
 
-from meanflow.config import MeanFlowConfig, TrainConfig, run
+from meanflow import MeanFlowConfig, TrainConfig, run
 
 RECIPE = TrainConfig(
     out=Path("runs/ditl2"),

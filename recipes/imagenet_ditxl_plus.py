@@ -8,7 +8,7 @@ Every field is a flag. The same command resumes from --out. XL/2+ is XL/2 traine
 
 from pathlib import Path
 
-from meanflow.config import MeanFlowConfig, TrainConfig, run
+from meanflow import MeanFlowConfig, TrainConfig, run
 
 RECIPE = TrainConfig(
     out=Path("runs/ditxl_plus"),

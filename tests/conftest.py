@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from meanflow.objectives.base import Batch
 from models.dit import DiT
 from models.unet import UNet, UNetCifar
 
@@ -61,6 +62,11 @@ def perturbed(net: nn.Module, std: float = 0.1) -> nn.Module:
         for p in net.parameters():
             p += std * torch.randn(p.shape, generator=generator).to(p)
     return net
+
+
+def batch_of(x: Tensor, y: Tensor | None, draws, **cond: Tensor) -> Batch:
+    """What an objective's forward takes."""
+    return Batch(x, draws, cond if y is None else {"y": y, **cond})
 
 
 def small_dit(**changes) -> DiT:
@@ -149,7 +155,7 @@ def digits_run(tmp_path_factory) -> Path:
     from accelerate.state import AcceleratorState
 
     from meanflow.config import TrainConfig
-    from meanflow.trainer import Trainer
+    from meanflow.training.trainer import Trainer
     from models import MODELS
 
     folder = tmp_path_factory.mktemp("digits")

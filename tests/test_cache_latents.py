@@ -13,7 +13,7 @@ import pytest
 from conftest import save_photos, save_vae
 from PIL import Image
 
-from meanflow.latents import read_facts
+from meanflow.data.latents import read_metadata
 from tools.cache_latents import Options, cache, main
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ def test_kill_amid_the_writing_of_a_shard_leaves_nothing_that_reads(options, mon
     monkeypatch.undo()
     assert not shards(options.out) and list((options.out / ".progress").glob("*.tmp"))
     cache(options)
-    assert read_facts(options.out)["count"] == 40
+    assert read_metadata(options.out)["count"] == 40
 
 
 def test_unreadable_images_end_the_work_unless_they_may_be_skipped(options, photos, tmp_path, capfd):
@@ -106,7 +106,7 @@ def test_unreadable_images_end_the_work_unless_they_may_be_skipped(options, phot
     with pytest.raises(ValueError, match=r"flower/002.jpg is no readable image: .* --skip-unreadable leaves"):
         cache(options)
     cache(replace(options, skip_unreadable=True))  # goes on where it stopped
-    facts = read_facts(options.out)
+    facts = read_metadata(options.out)
     assert facts["count"] == 11 and facts["count_per_class"] == [6, 5]
     cache(replace(options, skip_unreadable=True))
     shown = capfd.readouterr()

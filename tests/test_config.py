@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from meanflow.config import MeanFlowConfig, TrainConfig, run
+from meanflow.config import MeanFlowConfig, TrainConfig
+from meanflow.main import run
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,11 @@ def test_objective_values_out_of_range_are_refused_by_name(field, value, allowed
         MeanFlowConfig(**{field: value})
 
 
+def test_guidance_without_a_null_class_is_refused():
+    with pytest.raises(ValueError, match="objective.class_dropout_prob must be > 0 with guidance"):
+        MeanFlowConfig(omega=2.0, class_dropout_prob=0.0)
+
+
 def test_interval_that_ends_before_it_starts_is_refused():
     with pytest.raises(ValueError, match="t_start must be <= t_end, which is 0.2, got 0.5"):
         MeanFlowConfig(t_start=0.5, t_end=0.2)
@@ -65,10 +71,6 @@ def test_more_dropped_labels_than_flow_samples_are_refused():
         ({"steps": 1, "ema_decay": ()}, r"ema_decay must be in \[0, 1\)"),
         ({"steps": 1, "schedule": "step"}, "schedule must be one of constant, cosine, linear"),
         ({"steps": 1, "subset": (0, 1)}, "subset must be >= 1"),
-        (
-            {"steps": 1, "objective": MeanFlowConfig(omega=2.0, class_dropout_prob=0.0)},
-            "objective.class_dropout_prob must be > 0 with guidance",
-        ),
     ],
 )
 def test_recipe_values_out_of_range_are_refused_by_name(changes, message):
@@ -81,7 +83,8 @@ def test_recipe_values_out_of_range_are_refused_by_name(changes, message):
 )
 def test_steps_and_epochs_that_are_flags_go_before_those_that_are_written(flags, steps, epochs, monkeypatch):
     seen = []
-    monkeypatch.setattr("meanflow.preflight.dry_run", seen.append)
+    monkeypatch.setattr("meanflow.training.preflight.preflight", lambda recipe, *_: seen.append(recipe))
+    monkeypatch.setattr("meanflow.training.screen.dry_run", lambda plan: None)
     monkeypatch.setattr("sys.argv", ["recipe", "--dry-run", *flags])
     run(TrainConfig(steps=7, epochs=2.0))
     assert (seen[0].steps, seen[0].epochs) == (steps, epochs)

@@ -14,8 +14,8 @@ import torch
 from conftest import perturbed
 from safetensors.torch import load_file
 
-from meanflow.guard import DIVERGED
-from meanflow.trainer import read_log
+from meanflow.training.guard import DIVERGED
+from meanflow.training.log import read_log
 from models import MODELS
 
 ROOT = Path(__file__).parents[1]

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from meanflow import checkpoint
 from meanflow.config import MeanFlowConfig
-from meanflow.data import load_data
+from meanflow.data.sources import load_data
 from meanflow.noise import noise
-from meanflow.objective import average_velocity
-from meanflow.sampler import euler, sample
-from meanflow.trainer import Trainer, read_log
+from meanflow.publishing.checkpoints import checkpoints, load_network
+from meanflow.sampler import average_velocity, euler, sample
+from meanflow.training.log import read_log
+from meanflow.training.trainer import Trainer
 from recipes.deterministic import RECIPE
 
 ROOT = Path(__file__).parents[1]
@@ -122,12 +122,15 @@ def test_smoke_test_trains_the_very_recipe(recipe, tool, tmp_path):
         "c": f"digits: 1,347 x 1 x 32 x 32, {'10' if recipe == 'cifar10_unet_cond' else 'no'} classes",
         "v": "shapes: 512 x 4 x 16 x 16 x 16, no classes",
     }[recipe[0]]
-    assert "made small" in shown and f"{12 if recipe[0] == 'c' else 4} of 16 with r != t" in shown and data in shown
+    assert (
+        "made small" in shown
+        and f"{12 if recipe[0] == 'c' else 4} of 16 samples with r != t" in shown
+        and data in shown
+    )
     assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]
     assert (out / "samples/step-00000004.png").exists()
     last = out / "step-00000004"
-    net, config = checkpoint.load_network(last)
-    assert net.config.in_channels == (1 if recipe[0] == "c" else 4) and config.omega > 0
+    assert load_network(last).config.in_channels == (1 if recipe[0] == "c" else 4)
     if recipe != "imagenet_ditxl":
         return
     before = (last / "model/diffusion_pytorch_model.safetensors").read_bytes()
@@ -195,7 +198,7 @@ def test_full_size_ditb4_takes_three_steps_here_within_memory(tmp_path):
 def test_a_recipe_without_its_data_says_how_to_make_them(tool, tmp_path):
     """Before anything is written."""
     shown = tool("recipes/imagenet_ditxl", "--data", "./nowhere", "--out", tmp_path / "run")
-    assert shown.startswith("error: ./nowhere: no such folder: say where with --data")
+    assert shown.startswith("error: ./nowhere: no such folder: name it with --data")
     assert not (tmp_path / "run").exists()
 
 
@@ -225,19 +228,19 @@ def test_fixed_pairs_are_memorised(name, tmp_path):
         assert last["raw_loss"] / PIXELS < 1e-4
 
     images = load_data(recipe)
-    net, config = checkpoint.load_network(checkpoint.checkpoints(recipe.out)[-1])
+    net = load_network(checkpoints(recipe.out)[-1])
     e = noise(recipe.seed, range(len(images.x)), (1, 8, 8))
 
     def rmse(x):
         return (x - images.x).square().mean().sqrt().item()
 
     def u_fn(z, t, r):
-        return average_velocity(net, config, z, t, r, images.y)
+        return average_velocity(net, z, t, r, {"y": images.y})
 
     with torch.no_grad():
         one_step, ode = rmse(sample(u_fn, e)), rmse(euler(u_fn, e, 50))
     print(f"RMSE: one step {one_step:.4f}, 50 Euler steps {ode:.4f}")
     limit = 0.1 if stated_only else 0.02  # the images' own deviation is 0.75
     assert ode < limit
-    if config.meanflow_ratio > 0:
+    if objective.meanflow_ratio > 0:
         assert one_step < limit

@@ -19,10 +19,12 @@ from accelerate.state import AcceleratorState
 from conftest import perturbed, small_disk
 from safetensors.torch import load_file
 
-from meanflow import checkpoint, trainer
 from meanflow.config import MeanFlowConfig, TrainConfig
-from meanflow.guard import DIVERGED, STOPPED
-from meanflow.trainer import Trainer, read_log
+from meanflow.publishing.checkpoints import checkpoints, load_network, verify_checkpoint
+from meanflow.training import checkpoint, trainer
+from meanflow.training.guard import DIVERGED, STOPPED
+from meanflow.training.log import read_log
+from meanflow.training.trainer import Trainer
 from models import MODELS
 
 STEPS, EVERY = 20, 4
@@ -77,12 +79,13 @@ def in_child(recipe: TrainConfig, patch: Callable[[], None] = lambda: None, proc
 
 def everything(out: Path) -> dict:
     """The last checkpoint's tensors and the log without its speeds."""
-    folder = checkpoint.checkpoints(out)[-1]
+    folder = checkpoints(out)[-1]
     found = {"step": folder.name}
     for kind in ("model", "ema/0.9"):
         found |= {f"{kind}.{k}": v for k, v in load_file(folder / kind / "diffusion_pytorch_model.safetensors").items()}
     found |= load_file(folder / "optimizer.safetensors")
-    lines = [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_log(out / "log.jsonl")]
+    log = read_log(out / "log.jsonl")
+    lines = [{k: v for k, v in line.items() if k != "images_per_second" and "seconds" not in k} for line in log]
     return {**found, "log": lines}
 
 
@@ -130,7 +133,7 @@ def half_written(owner: object, call: int) -> Callable[[], None]:
 
 
 KILLS = {
-    "before saving": kill_at(checkpoint, "save", 1),
+    "before saving": kill_at(checkpoint.CheckpointWriter, "save", 1),
     "amid the network": half_written(safetensors.torch, 2),
     "amid the average": half_written(safetensors.torch, 3),
     "before the optimiser": kill_at(checkpoint, "save_file", 1),
@@ -153,8 +156,8 @@ def kill_in_phases(recipe: TrainConfig, phases: list[str], processes: int) -> No
     for number, name in enumerate(phases):
         run = replace(recipe, out=recipe.out.with_name(f"killed-{number}"))
         assert in_child(run, KILLS[name], processes) == -signal.SIGKILL, name
-        for folder in checkpoint.checkpoints(run.out):
-            checkpoint.verify(folder)
+        for folder in checkpoints(run.out):
+            verify_checkpoint(folder)
         assert in_child(run, processes=processes) == 0, name
         assert_same(everything(run.out), expected)
         assert not list(run.out.glob(".step*")), name
@@ -185,8 +188,8 @@ def soak(kills: int, out: Path, seed: int = 0) -> None:
         child.kill()
         child.join()
         done += 1
-        for folder in checkpoint.checkpoints(run.out):
-            checkpoint.verify(folder)
+        for folder in checkpoints(run.out):
+            verify_checkpoint(folder)
     assert in_child(run) == 0
     assert_same(everything(run.out), expected)
     print(f"{done} kills, 0 unreadable checkpoints, the end bit for bit that of an undisturbed run")
@@ -208,7 +211,7 @@ def test_damaged_checkpoint_is_refused_by_name_and_the_one_before_offered(recipe
     with pytest.raises(ValueError, match=f"{path} is missing or damaged: --resume {before} goes on"):
         train(replace(recipe, steps=8))
     train(replace(recipe, steps=8, resume=str(before)))
-    checkpoint.verify(recipe.out / "step-00000008")
+    verify_checkpoint(recipe.out / "step-00000008")
     assert [path.name for path in recipe.out.glob("*.left")] == ["step-00000008.left"]
 
 
@@ -230,7 +233,7 @@ def test_weights_to_begin_with_are_those_of_a_network_or_a_checkpoint(recipe, tm
     train(one)
     train(replace(one, out=tmp_path / "again", init_from=str(one.out / "step-00000001")))
     for out in (one.out, tmp_path / "again"):
-        loaded, _ = checkpoint.load_network(out / "step-00000001")  # the average, too, starts there
+        loaded = load_network(out / "step-00000001")  # the average, too, starts there
         for a, b in zip(loaded.parameters(), net.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
     MODELS["DiT-XS/4"](input_size=8, in_channels=1, num_classes=10).save_pretrained(tmp_path / "larger")
@@ -264,8 +267,8 @@ def test_full_disk_while_saving_is_said_and_the_run_goes_on(recipe, capfd):
                 train(replace(recipe, steps=12))
         shown = capfd.readouterr().err
         assert "step-00000008 could not be saved, the older checkpoints stay: " in shown and "No space left" in shown
-        assert [path.name for path in checkpoint.checkpoints(recipe.out)] == ["step-00000004"]
-        checkpoint.verify(recipe.out / "step-00000004")
+        assert [path.name for path in checkpoints(recipe.out)] == ["step-00000004"]
+        verify_checkpoint(recipe.out / "step-00000004")
         assert read_log(recipe.out / "log.jsonl")[-1]["step"] == 12
         assert not list(recipe.out.glob(".step*"))
 
@@ -280,7 +283,7 @@ def test_signal_saves_the_step_and_leaves_with_its_code(number, recipe):
     os.kill(child.pid, number)
     child.join(30)
     assert child.exitcode == STOPPED
-    (folder,) = checkpoint.checkpoints(long.out)
+    (folder,) = checkpoints(long.out)
     assert read_log(long.out / "log.jsonl")[-1]["step"] == json.loads((folder / "step.json").read_text())["step"]
 
 
@@ -288,13 +291,13 @@ def plant(value: float, first: int, last: int) -> Callable[[], None]:
     """Multiplies the data of these micro-steps."""
 
     def patch() -> None:
-        from meanflow.data import SlotData
+        from meanflow.data.loader import SlotData
 
         real, calls = SlotData.__getitems__, iter(range(10**6))
 
         def planted(self, batch):
-            x, *others = real(self, batch)
-            return (x * value if first <= next(calls) <= last else x), *others
+            batch = real(self, batch)
+            return batch._replace(x=batch.x * value) if first <= next(calls) <= last else batch
 
         SlotData.__getitems__ = planted
 
@@ -312,7 +315,7 @@ def test_step_whose_gradient_is_not_finite_is_skipped(recipe, capfd):
         assert not name.endswith(".step") or not torch.equal(value, states[2][name])
     before, after = (load_file(folder / "model/diffusion_pytorch_model.safetensors") for folder in folders[:2])
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert "a gradient was not finite: step skipped, the 1. in a row, 1 in all" in capfd.readouterr().err
+    assert "a gradient was not finite: step skipped, 1 in a row, 1 in all" in capfd.readouterr().err
     assert json.loads((short.out / "step-00000004/step.json").read_text())["skipped_steps"] == 1
 
 
@@ -320,8 +323,8 @@ def test_gradients_that_stay_not_finite_halt_the_run_with_the_last_good_checkpoi
     run = replace(recipe, max_skipped=3)
     assert in_child(run, plant(float("nan"), 6, 99)) == DIVERGED
     assert "3 steps in a row had gradients that are not finite: lower --lr" in capfd.readouterr().err
-    assert [path.name for path in checkpoint.checkpoints(run.out)] == ["step-00000004", "step-00000008"]
-    net, _ = checkpoint.load_network(run.out / "step-00000008")
+    assert [path.name for path in checkpoints(run.out)] == ["step-00000004", "step-00000008"]
+    net = load_network(run.out / "step-00000008")
     assert all(p.isfinite().all() for p in net.parameters())
 
 
@@ -334,7 +337,7 @@ def test_diverging_raw_loss_warns_and_halts(recipe, capfd):
     assert in_child(run, plant(50.0, 8, 99)) == DIVERGED
     shown = capfd.readouterr().err
     assert "times its running level" in shown and "lower --lr" in shown
-    assert [path.name for path in checkpoint.checkpoints(run.out)] == ["step-00000004", "step-00000008"]
+    assert [path.name for path in checkpoints(run.out)] == ["step-00000004", "step-00000008"]
 
 
 if __name__ == "__main__":

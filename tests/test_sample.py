@@ -13,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from meanflow.checkpoint import load_network
-from meanflow.export import export, load_pipeline
+from meanflow.config import MeanFlowConfig
 from meanflow.noise import noise
-from meanflow.objective import average_velocity
-from meanflow.sampler import sample
+from meanflow.objectives.meanflow import MeanFlow
+from meanflow.publishing.checkpoints import load_network
+from meanflow.publishing.export import export
+from meanflow.publishing.loading import load_pipeline
+from meanflow.sampler import average_velocity, sample
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,10 +29,10 @@ def test_pictures_are_those_of_the_averaged_network(digits_run, tool, tmp_path):
     shown = tool("sample", digits_run, "--classes", "3", "7", "--num-images", 6, "--out", tmp_path / "x.npz")
     assert "guidance none trained in (omega 1, kappa 0)" in shown
     assert f"{tmp_path / 'x.npz'}: 6 images, meanflow, 1 step, " in shown
-    net, config = load_network(digits_run / "step-00000002")
+    net = load_network(digits_run / "step-00000002")
     y = torch.tensor([3, 7] * 3)
     with torch.no_grad():
-        x = sample(lambda z, t, r: average_velocity(net, config, z, t, r, y), noise(0, range(6), (1, 8, 8)))
+        x = sample(lambda z, t, r: average_velocity(net, z, t, r, {"y": y}), noise(0, range(6), (1, 8, 8)))
     expected = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     with np.load(tmp_path / "x.npz") as file:
         assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8
@@ -153,12 +155,11 @@ def test_bad_input_ends_with_one_line(checkpoint, flags, message, digits_run, br
 
 
 def test_flow_matching_and_guided_checkpoints_say_what_they_are(digits_run, tool, tmp_path):
-    """By the facts alone, which this test changes."""
+    """By what is published of how they are sampled, which this test changes."""
     for name, changes in {"flow": {"meanflow_ratio": 0.0}, "guided": {"omega": 0.5, "kappa": 0.75}}.items():
         folder = shutil.copytree(digits_run / "pipeline", tmp_path / name)
         index = json.loads((folder / "model_index.json").read_text())
-        index["objective"] |= changes
-        del index["sampling"]
+        index["sampling"] = MeanFlow.sampling(MeanFlowConfig(**changes))._asdict()
         (folder / "model_index.json").write_text(json.dumps(index))
     shown = tool("sample", tmp_path / "flow", "--solver", "meanflow", "--out", tmp_path / "x.png")
     assert "solver meanflow cannot sample a network of plain flow matching: use euler with 50 steps" in shown
@@ -190,14 +191,14 @@ def test_export_has_variants_metrics_and_what_the_card_is_told(digits_run, tool,
     for words in ("license: mit", "- user/digits", "| MeanFlow, 1 step | 0.98 | 0.19 |", "accuracy | energy distance"):
         assert words in card
     full, half = load_pipeline(tmp_path / "model"), load_pipeline(tmp_path / "model", variant="bf16")
-    net, _ = load_network(run / "step-00000002")
+    net = load_network(run / "step-00000002")
     for a, b, c in zip(full.net.parameters(), half.net.parameters(), net.parameters()):
         assert torch.equal(a, c) and torch.equal(b, c.bfloat16().float())
     shown = tool("sample", tmp_path / "model", "--variant", "fp16", "--dtype", "bf16", "--out", tmp_path / "x.png")
     assert "64 images" in shown
     tool("export", run, "--ema", 0.5, "--out", tmp_path / "model")  # over it; measured were other weights
     assert "| MeanFlow, 1 step |" not in (tmp_path / "model/README.md").read_text()
-    other, (net, _) = load_pipeline(tmp_path / "model"), load_network(run / "step-00000002", 0.5)
+    other, net = load_pipeline(tmp_path / "model"), load_network(run / "step-00000002", 0.5)
     assert all(torch.equal(a, b) for a, b in zip(other.net.parameters(), net.parameters()))
     assert not (tmp_path / "model/net/diffusion_pytorch_model.bf16.safetensors").exists()
     assert "holds something else than an exported model" in tool("export", run, "--out", run)
@@ -207,7 +208,7 @@ def test_export_has_variants_metrics_and_what_the_card_is_told(digits_run, tool,
 def test_export_that_fails_leaves_what_was_there(digits_run, tmp_path, monkeypatch):
     out = shutil.copytree(digits_run / "pipeline", tmp_path / "model")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    monkeypatch.setattr("meanflow.export.card", lambda *_: 1 / 0)
+    monkeypatch.setattr("meanflow.publishing.export.model_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(digits_run, out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -4,9 +4,7 @@ import pytest
 import torch
 from conftest import assert_golden
 
-from meanflow.config import MeanFlowConfig
-from meanflow.objective import average_velocity
-from meanflow.sampler import cfg, euler, heun, rk4, sample
+from meanflow.sampler import average_velocity, cfg, euler, heun, rk4, sample
 
 
 def test_one_and_four_steps_match_the_official_samples(golden, golden_net):
@@ -14,7 +12,7 @@ def test_one_and_four_steps_match_the_official_samples(golden, golden_net):
     e, y = golden["sample.noise_nchw"], golden["sample.y"].long()
 
     def u_fn(z, t, r):
-        return average_velocity(golden_net, MeanFlowConfig(), z, t, r, y)
+        return average_velocity(golden_net, z, t, r, {"y": y})
 
     assert_golden(sample(u_fn, e), golden["sample.one_nchw"])
     assert_golden(sample(u_fn, e, num_steps=4), golden["sample.four_step4_nchw"])
@@ -49,16 +47,17 @@ def test_heun_and_rk4_converge_with_their_orders(solver, order):
 
 
 def test_cfg_extrapolates_from_the_null_class():
-    """Scale 1 is the class alone, 0 the null class alone."""
+    """Scale 1 is only the class, 0 only the null class; other conditions stay."""
     y, z = torch.tensor([0, 1]), torch.randn(2, 3)
     t = torch.ones(2)
 
-    def u_fn(z, t, r, y):
-        return z * y.view(-1, 1) + t.view(-1, 1)
+    def u_fn(z, t, r, cond):
+        return z * cond["y"].view(-1, 1) + t.view(-1, 1) * cond["size"]
 
-    null, cond = u_fn(z, t, t, torch.full_like(y, 9)), u_fn(z, t, t, y)
+    given = {"y": y, "size": torch.tensor([[2.0], [3.0]])}
+    null, cond = u_fn(z, t, t, {**given, "y": torch.full_like(y, 9)}), u_fn(z, t, t, given)
     for scale in (0.0, 1.0, 2.5):
-        torch.testing.assert_close(cfg(u_fn, y, 9, scale)(z, t, t), null + scale * (cond - null))
+        torch.testing.assert_close(cfg(u_fn, given, 9, scale)(z, t, t), null + scale * (cond - null))
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN, ZOO, assert_golden, perturbed
+from conftest import GOLDEN, ZOO, assert_golden, batch_of, perturbed
 from safetensors.torch import load_file
 
 from meanflow.config import MeanFlowConfig
-from meanflow.jvp import jvp
-from meanflow.objective import MeanFlow, adaptive_weight
+from meanflow.objectives.draws import Draws
+from meanflow.objectives.jvp import jvp
+from meanflow.objectives.meanflow import MeanFlow, adaptive_weight
 from meanflow.sampler import average_velocity, sample
-from meanflow.time import Draws
 from models import MODELS
 from models.unet import UNetCifar
 
@@ -58,7 +58,7 @@ def test_loss_and_gradients_match_the_official_numbers(norm_p, golden, net):
     order = torch.argsort((t == r).long(), stable=True)
     config = MeanFlowConfig(meanflow_ratio=float((t != r).float().mean()), norm_p=norm_p, norm_eps=1e-3)
     draws = Draws(e[order], t[order], r[order], torch.zeros_like(t, dtype=torch.bool))
-    out = MeanFlow(net, config)(x[order], None, draws, told[order])
+    out = MeanFlow(net, config)(batch_of(x[order], None, draws, augment_labels=told[order]))
     raw = golden["loss.raw"]
     assert_golden(out.loss, golden[f"loss.p{norm_p}.loss"])
     assert_golden((raw * adaptive_weight(raw, norm_p, 1e-3)).mean(), golden[f"loss.p{norm_p}.loss"])
@@ -71,9 +71,8 @@ def test_loss_and_gradients_match_the_official_numbers(norm_p, golden, net):
 
 
 def test_one_step_sample_matches_the_official_one(golden, net):
-    config = MeanFlowConfig()
     with torch.no_grad():
-        x = sample(lambda z, t, r: average_velocity(net, config, z, t, r, None), golden["loss.e"])
+        x = sample(lambda z, t, r: average_velocity(net, z, t, r, {}), golden["loss.e"])
     assert_golden(x, golden["sample.one"])
 
 

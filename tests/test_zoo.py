@@ -9,12 +9,13 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from meanflow.checkpoint import checkpoints
 from meanflow.config import MeanFlowConfig, TrainConfig
-from meanflow.data import channel_weights, load_data
-from meanflow.export import load_pipeline
+from meanflow.data.sources import load_data
 from meanflow.noise import generator
-from meanflow.trainer import Trainer, read_log
+from meanflow.publishing.checkpoints import checkpoints
+from meanflow.publishing.loading import load_pipeline
+from meanflow.training.log import read_log
+from meanflow.training.trainer import Trainer
 
 RECIPES = {
     "UNet-digits": {"net": {"block_out_channels": (16, 16), "dropout": 0.2}},
@@ -121,11 +122,10 @@ def test_classes_can_be_left_out(tmp_path):
 def test_images_through_the_vae_are_weighed_as_latents_and_can_be_without_classes(photos, vae, tmp_path):
     options = {"data": str(photos), "resolution": 64, "vae": str(vae), "scaling_factor": 0.18215, "steps": 1}
     data = load_data(TrainConfig(**options, class_conditional=False))
-    (pixels, e), y = data.batch(range(40), [generator(0, row, "variance") for row in range(40)])
-    assert y is None and data.num_classes == 0
+    (pixels, e), cond = data.batch(range(40), [generator(0, row, "variance") for row in range(40)])
+    assert cond == {} and data.num_classes == 0
     variance = data.encode(pixels, e).transpose(0, 1).flatten(1).double().var(dim=1, unbiased=False)
-    weights = channel_weights(MeanFlowConfig(channel_weights="inverse-variance"), data)
-    torch.testing.assert_close(torch.tensor(weights), 1 / variance.float(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(data.channel_variance(), variance, rtol=1e-3, atol=0)
 
 
 def test_log_has_every_channels_loss(tmp_path):

@@ -115,13 +115,15 @@ def steps(options: Step, net) -> dict[str, Callable]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from meanflow.objective import MeanFlow, MeanFlowConfig, adaptive_weight
-    from meanflow.time import make_draws, order_slots
+    from meanflow.config import MeanFlowConfig
+    from meanflow.objectives.base import Batch
+    from meanflow.objectives.draws import make_draws, order_slots
+    from meanflow.objectives.meanflow import MeanFlow, adaptive_weight
 
     shape, ways = net.z_shape, {}
     x = torch.randn(options.batch, *shape).to(options.device)
     labels = torch.randint(max(1, net.config.num_classes), (options.batch,)).to(options.device)
-    y = labels if net.config.num_classes else None
+    cond = {"y": labels} if net.config.num_classes else {}
 
     def draws(config):
         slots = order_slots(config, range(options.batch), options.batch)
@@ -130,7 +132,7 @@ def steps(options: Step, net) -> dict[str, Callable]:
     def ours(ratio: float) -> Callable:
         config = MeanFlowConfig(meanflow_ratio=ratio)
         objective, fixed = MeanFlow(net, config), draws(config)
-        return lambda: objective(x, y, fixed).loss
+        return lambda: objective(Batch(x, fixed, cond)).loss
 
     def peers(ratio: float) -> Callable:
         d = draws(MeanFlowConfig(meanflow_ratio=ratio))
@@ -141,7 +143,7 @@ def steps(options: Step, net) -> dict[str, Callable]:
             inputs = ((1 - t) * x + t * d.e, d.t, d.r)
             tangents = (v, torch.ones_like(d.t), torch.zeros_like(d.r))
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
-                u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, t - r, y), inputs, tangents)
+                u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, t - r, **cond), inputs, tangents)
             error = (u.float() - (v - (t - r) * du_dt).detach()).square().flatten(1).sum(1)
             return (adaptive_weight(error, 1.0, 0.01) * error).mean()
 
@@ -205,20 +207,18 @@ def step(options: Step) -> list[dict]:
 
 def sampling(options: Sample) -> list[dict]:
     """A row a batch and way: seconds, images/s and the ratio to the bare forward."""
-    from dataclasses import asdict
-
     import torch
 
-    from meanflow.config import MeanFlowConfig
-    from meanflow.pipeline import MeanFlowPipeline
-    from meanflow.vae import load_vae
+    from meanflow.data.vae import load_vae
+    from meanflow.objectives.base import Sampling
+    from meanflow.publishing.pipeline import MeanFlowPipeline
 
     net, vae = build(options).eval(), load_vae(options.vae).to(options.device) if options.vae else None
     if options.dtype == "bf16":
         for part in (net, vae):
             if part is not None:
                 torch.nn.Module.to(part, torch.bfloat16)
-    pipe = MeanFlowPipeline(net, vae, asdict(MeanFlowConfig()), {}, {"shift": 0.0, "scale": 0.18215})
+    pipe = MeanFlowPipeline(net, vae, Sampling()._asdict(), {}, {"shift": 0.0, "scale": 0.18215})
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for batch in options.batch:
@@ -280,9 +280,10 @@ def data(options: Data) -> list[dict]:
     from tqdm import tqdm
 
     from meanflow.config import MeanFlowConfig, TrainConfig
-    from meanflow.data import SlotData
-    from meanflow.latents import Latents
-    from meanflow.time import order_slots
+    from meanflow.data.latents import Latents
+    from meanflow.data.loader import SlotData
+    from meanflow.objectives.draws import order_slots
+    from meanflow.objectives.meanflow import MeanFlow
 
     if options.count % options.batch:
         raise ValueError(f"count must be a multiple of batch {options.batch}, got {options.count}")
@@ -311,7 +312,7 @@ def data(options: Data) -> list[dict]:
         """What a training step gets: a posterior draw, noise and times, each from its slot's generator."""
 
         def __init__(self, latents):
-            self.data = SlotData(recipe, latents)
+            self.data = SlotData(recipe, MeanFlow, latents)
 
         def __getitems__(self, indices):
             slots = order_slots(MeanFlowConfig(), range(len(indices)), len(indices))

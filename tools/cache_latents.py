@@ -66,7 +66,7 @@ def check(options: Options) -> None:
 
 
 # An unfinished cache has a folder .progress/ with its settings and a note of each finished shard: size, checksum, count
-# and the sums of which finish() makes the statistics in latents.json. meanflow/latents.py says what a cache holds.
+# and the sums of which finish() makes the statistics in latents.json. meanflow/data/latents.py says what a cache holds.
 
 
 def note_path(folder: Path, number: int) -> Path:
@@ -133,7 +133,7 @@ def claim_cache(folder: Path, settings: dict) -> bool:
     Raises:
         ValueError: the folder holds something else; the message names what differs.
     """
-    from meanflow.latents import LATENTS, read_facts
+    from meanflow.data.latents import LATENTS, read_metadata
 
     path, settings = folder / ".progress" / "settings.json", json.loads(json.dumps(settings))
     finished = (folder / LATENTS).exists()
@@ -142,7 +142,7 @@ def claim_cache(folder: Path, settings: dict) -> bool:
             raise ValueError(f"{folder} is not empty and holds no cache: choose another --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=2) + "\n")
-    old = read_facts(folder) if finished else json.loads(path.read_text())
+    old = read_metadata(folder) if finished else json.loads(path.read_text())
     names = [name for name in settings if old.get(name) != settings[name]]
     if names:
         diff = ", ".join(f"{name} {old.get(name)} there, {settings[name]} here" for name in names)
@@ -167,7 +167,7 @@ def finish(folder: Path, num_shards: int) -> dict:
     import numpy as np
     from datasets import DatasetInfo
 
-    from meanflow.latents import LATENTS, verify
+    from meanflow.data.latents import LATENTS, verify_shards
 
     settings = json.loads((folder / ".progress" / "settings.json").read_text())
     notes = [json.loads(note_path(folder, number).read_text()) for number in range(num_shards)]
@@ -175,7 +175,7 @@ def finish(folder: Path, num_shards: int) -> dict:
     if not count:
         raise ValueError(f"{folder}: not one image could be read")
     try:
-        verify(folder, notes)
+        verify_shards(folder, notes)
     except ValueError as error:
         for number, note in enumerate(notes):
             if str(folder / note["file"]) in str(error):
@@ -185,7 +185,7 @@ def finish(folder: Path, num_shards: int) -> dict:
     latents_per_channel = count * shape[0] * shape[-2] * shape[-1]
     mean = np.sum([note.pop("sum") for note in notes], axis=0) / latents_per_channel
     square = np.sum([note.pop("sum_of_squares") for note in notes], axis=0) / latents_per_channel
-    facts = {
+    metadata = {
         **settings,
         "dtype": "float16",
         "shape": shape,  # flips, mean and standard deviation, C, H, W
@@ -201,9 +201,9 @@ def finish(folder: Path, num_shards: int) -> dict:
     state = {"_data_files": [{"filename": note["file"]} for note in notes], "_fingerprint": notes[0]["sha256"][:16]}
     state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
     write_whole(folder / "state.json", json.dumps({**state, "_split": None}, indent=2) + "\n")
-    write_whole(folder / LATENTS, json.dumps(facts, indent=2) + "\n")
+    write_whole(folder / LATENTS, json.dumps(metadata, indent=2) + "\n")
     shutil.rmtree(folder / ".progress")
-    return facts
+    return metadata
 
 
 def write_random(folder: Path, count: int, vae: str, scaling_factor: float, resolution: int) -> None:
@@ -265,8 +265,8 @@ def cache(options: Options) -> None:
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    from meanflow.images import ImageFiles
-    from meanflow.vae import encode, latent_shape, load_vae, vae_facts
+    from meanflow.data.images import ImageFiles
+    from meanflow.data.vae import encode, latent_shape, load_vae, vae_metadata
 
     # Processes wait for each other's downloads and last shards.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
@@ -279,7 +279,7 @@ def cache(options: Options) -> None:
     num_shards = -(-len(images) // options.shard_size)
     unfinished = [None]
     if main:
-        settings = {**images.facts, **vae_facts(vae, options.vae), "shape": shape}
+        settings = {**images.metadata, **vae_metadata(vae, options.vae), "shape": shape}
         settings["images"] = settings.pop("count")  # some may be skipped: the cache has a count of its own
         unfinished[0] = [shard for shard in range(num_shards) if not is_finished(options.out, shard)]
         if not (options.out / "latents.json").exists():
@@ -326,19 +326,19 @@ def cache(options: Options) -> None:
     accelerator.wait_for_everyone()
     done = accelerator.reduce(torch.tensor(total, device=accelerator.device)).item()
     if main:
-        facts = finish(options.out, num_shards)
+        metadata = finish(options.out, num_shards)
         print(
-            f"{options.out}: {facts['count']:,} latents {tuple(shape[2:])} of {len(facts['classes'])} classes; "
-            f"{facts['images'] - facts['count']} images skipped; {done / seconds:.1f} images/s"
+            f"{options.out}: {metadata['count']:,} latents {tuple(shape[2:])} of {len(metadata['classes'])} classes; "
+            f"{metadata['images'] - metadata['count']} images skipped; {done / seconds:.1f} images/s"
         )
 
 
 def verify_again(folder: Path) -> None:
-    from meanflow.latents import read_facts, verify
+    from meanflow.data.latents import read_metadata, verify_shards
 
-    facts = read_facts(folder)
-    verify(folder, facts["shards"])
-    print(f"{folder}: {facts['count']:,} latents, every checksum as written")
+    metadata = read_metadata(folder)
+    verify_shards(folder, metadata["shards"])
+    print(f"{folder}: {metadata['count']:,} latents, every checksum as written")
 
 
 def main(options: Options) -> None:

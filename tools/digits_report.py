@@ -22,17 +22,19 @@ class Options:
 
 
 def report(options: Options) -> None:
+    from functools import partial
+
     import torch
     from sklearn.svm import SVC
 
-    from meanflow.checkpoint import FREE, checkpoints, different, flatten, load_network
-    from meanflow.data import digits
-    from meanflow.evaluate import energy_distance, frechet_distance
+    from meanflow.config import FREE_ON_RESUME, different
+    from meanflow.data.sources import digits
+    from meanflow.evaluation.distances import energy_distance, frechet_distance
     from meanflow.files import read_json, write_json
     from meanflow.noise import noise
-    from meanflow.objective import average_velocity
     from meanflow.pictures import save_grid
-    from meanflow.sampler import euler, sample
+    from meanflow.publishing.checkpoints import checkpoints, load_network, read_sampling
+    from meanflow.sampler import average_velocity, euler, sample
 
     recipes = []
     for folder in filter(None, (options.run, options.flow)):
@@ -43,7 +45,7 @@ def report(options: Options) -> None:
             raise ValueError(
                 f"{folder} is at {checkpoints(folder)[-1].name} of {recipes[-1]['steps']}: finish it first"
             )
-    diff = different(flatten(recipes[0]), flatten(recipes[-1]), FREE | {"objective.meanflow_ratio"})
+    diff = different(recipes[0], recipes[-1], FREE_ON_RESUME | {"objective.meanflow_ratio"})
     if diff:
         names = ", ".join(name for name, _, _ in diff)
         raise ValueError(f"{options.flow} is no twin of {options.run}: they differ in {names}")
@@ -68,8 +70,10 @@ def report(options: Options) -> None:
     e, y = noise(1, range(len(real.y)), real.x.shape[1:]), real.y
 
     @torch.no_grad()
-    def generate(net, config, solver, num_steps: int) -> torch.Tensor:
-        return solver(lambda z, t, r: average_velocity(net, config, z, t, r, y), e, num_steps)
+    def generate(folder: Path, solver, num_steps: int) -> torch.Tensor:
+        net, how = load_network(folder), read_sampling(folder)
+        u_fn = partial(average_velocity, net, cond={"y": y}, prediction=how["prediction"], t_min=how["t_min"])
+        return solver(u_fn, e, num_steps)
 
     rows = {"real digits, training to held-out": measure(pixels(real.x), y)}
     rows["real digits, training to held-out"]["accuracy"] = measure(target, held_out.y)["accuracy"]
@@ -78,7 +82,7 @@ def report(options: Options) -> None:
         ("flow matching", options.flow, ((sample, 1), (euler, 50)) if options.flow else ()),
     ):
         for solver, num_steps in settings:
-            x = generate(*load_network(checkpoints(folder)[-1]), solver, num_steps)
+            x = generate(checkpoints(folder)[-1], solver, num_steps)
             plural, ode = "s" if num_steps > 1 else "", " (Euler)" if solver is euler else ""
             rows[f"{name}, {num_steps} step{plural}{ode}"] = measure(pixels(x), y)
             if folder == options.run and num_steps == 1:

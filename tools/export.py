@@ -3,7 +3,7 @@
     python tools/export.py runs/digits --out models/digits
     python tools/export.py runs/ditxl --ema 0.9999 --variants bf16 --license mit --out models/ditxl
 
-Who has diffusers and timm, and not this project, then writes
+Anybody who has diffusers and timm, without this project, then writes
 DiffusionPipeline.from_pretrained("models/digits", trust_remote_code=True).
 """
 
@@ -24,17 +24,20 @@ class Options:
     ema: float | None = None
     """decay of the average to take; default: the recipe's first"""
     variants: tuple[Literal["bf16", "fp16"], ...] = ()
-    """the weights once more in these precisions, for from_pretrained(..., variant="bf16")"""
+    """the weights once more in each of these precisions, for from_pretrained(..., variant="bf16")"""
     license: str = "other"
     """for the model card, as the Hub names it"""
     datasets: tuple[str, ...] = ()
     """for the model card: Hub ids of the data"""
+    trust_remote_code: bool = False
+    """run the file of a network that is not in the zoo, which lies beside its weights; read it first"""
 
 
 def main(options: Options) -> None:
-    from meanflow.export import export
+    from meanflow.publishing.export import export
 
-    export(options.run, options.out, options.ema, options.variants, options.license, options.datasets)
+    choices = (options.ema, options.variants, options.license, options.datasets, options.trust_remote_code)
+    export(options.run, options.out, *choices)
     print(f"{options.out}: a pipeline for diffusers, README.md and samples.png")
 
 

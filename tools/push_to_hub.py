@@ -23,12 +23,15 @@ class Options:
     """a new repository is for all to see; default: private"""
     revision: str | None = None
     """branch to push to; made if it is not there"""
+    trust_remote_code: bool = False
+    """run the file of a network that is not in the zoo, which lies beside its weights; read it first"""
 
 
 def main(options: Options) -> None:
-    from meanflow.hub import publish
+    from meanflow.publishing.hub import publish
 
-    print(f"pushed: {publish(options.source, options.repo_id, private=not options.public, revision=options.revision)}")
+    how = {"trust_remote_code": options.trust_remote_code, "private": not options.public, "revision": options.revision}
+    print(f"pushed: {publish(options.source, options.repo_id, **how)}")
 
 
 if __name__ == "__main__":

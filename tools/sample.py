@@ -2,10 +2,11 @@
 
     python tools/sample.py runs/digits --classes 3 7 --out grid.png
     python tools/sample.py user/ditxl --classes "golden retriever" 360 --num-images 8 --out images/
+    python tools/sample.py runs/mine --cond angle 0 0.5 1.0 --trust-remote-code --out grid.png
     accelerate launch -q tools/sample.py runs/ditxl --num-images 50000 --dtype bf16 --out samples.npz
 
-One step by default. Image k depends on --seed and k alone, up to rounding: neither on the batch nor on the number of
-processes. What --cfg-scale can mean depends on how the network was trained, and is said.
+One step by default. Image k depends only on --seed and k, up to rounding, and not on the batch or on the number of
+processes. What --cfg-scale can mean depends on how the network was trained; the tool says so.
 """
 
 import os
@@ -26,11 +27,14 @@ class Options:
     checkpoint: tyro.conf.Positional[str]
     """a run (its newest checkpoint), a checkpoint, a folder of tools/export.py, or a Hub id"""
     out: Path = Path("samples.png")
-    """x.png: one picture, a column a class; a folder: a PNG an image; x.npz: arr_0, uint8 (N, H, W, C), as ADM's
-    evaluation takes it, written as it comes. Volumes: a folder gets a .npy file each, (C, D, H, W), and slices.png, the
-    middle slices of the first; x.png: these slices of all"""
+    """x.png: one picture, a column for each class; a folder: a PNG for each image; x.npz: arr_0, uint8 (N, H, W, C), as
+    ADM's evaluation takes it, written as it comes. Volumes: a folder gets a .npy file for each, (C, D, H, W), and
+    slices.png, the middle slices of the first; x.png gets these slices of all"""
     classes: tuple[str, ...] = ()
-    """names or indices; image k has the class k modulo their number; default: all classes in turn"""
+    """names or indices; with n of them image k has number k modulo n; default: all classes in turn"""
+    cond: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """NAME VALUE...: a further condition of the network; with n values image k has number k modulo n; a vector is
+    written with commas: 0.1,0.2. May be given several times"""
     num_images: int | None = None
     """default: 64, or 8 of each of --classes"""
     cfg_scale: float | None = None
@@ -38,10 +42,12 @@ class Options:
     num_steps: int | None = None
     """default: meanflow 1, euler 50, heun 25, rk4 12"""
     solver: Literal["meanflow", "euler", "heun", "rk4"] | None = None
-    """meanflow: by the average velocity; the others follow the instantaneous velocity; default: meanflow, euler where
-    the network was trained by flow matching alone"""
+    """meanflow: by the average velocity; the others follow the instantaneous velocity; default: meanflow; euler for a
+    network of plain flow matching"""
     seed: int = 0
     """image k's noise is a function of the seed and k"""
+    trust_remote_code: bool = False
+    """run the file of a network that is not in the zoo, which lies beside its weights; read it first"""
     ema: float | None = None
     """of a run: decay of the averaged weights; default: the recipe's first"""
     revision: str | None = None
@@ -123,6 +129,29 @@ def picture(images, path: Path, columns: int) -> None:
     save_grid(middle_slices(x) if x.ndim == 5 else x.permute(0, 3, 1, 2) / 127.5 - 1, path, columns)
 
 
+def read_conditions(given: tuple[tuple[str, ...], ...]) -> dict:
+    """The values of each condition by name, (n,) or (n, D): whole numbers as int64, others as float32.
+
+    Raises:
+        ValueError: a condition without a value, or a value that is no number.
+    """
+    import torch
+
+    conditions = {}
+    for name, *words in given:
+        if not words:
+            raise ValueError(f"cond {name} must have a value, such as --cond {name} 0.5")
+        try:
+            rows = [[float(number) for number in word.split(",")] for word in words]
+            values = torch.tensor(rows)
+        except ValueError:
+            raise ValueError(f"cond {name} must be numbers, or vectors of one length, got {' '.join(words)}") from None
+        is_whole = all(number.lstrip("+-").isdigit() for word in words for number in word.split(","))
+        values = values.long() if is_whole else values
+        conditions[name] = values[:, 0] if values.shape[1] == 1 else values
+    return conditions
+
+
 def check_writable(out: Path, is_folder: bool) -> None:
     parent = out if is_folder else out.parent
     if out.suffix and is_folder and not out.is_dir() or out.is_dir() != is_folder and out.exists():
@@ -141,15 +170,12 @@ def main(options: Options) -> None:
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from meanflow.config import MeanFlowConfig
-    from meanflow.export import cast, load_pipeline
     from meanflow.files import first_line
-    from meanflow.preflight import guidance_in_words
+    from meanflow.publishing.export import cast
+    from meanflow.publishing.loading import load_pipeline
     from meanflow.sampler import STEPS
 
-    accelerator = Accelerator(
-        cpu=options.device == "cpu" or not (torch.cuda.is_available() or torch.mps.is_available())
-    )
+    accelerator = Accelerator(cpu=options.device == "cpu" or not torch.accelerator.is_available())
     rank, world = accelerator.process_index, accelerator.num_processes
     if options.device and world > 1:
         raise ValueError(f"device {options.device} is for one process: accelerate launch gives each its own")
@@ -158,24 +184,26 @@ def main(options: Options) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device} is not there: {first_line(error)}") from None
-    pipe = load_pipeline(options.checkpoint, options.ema, options.variant, options.revision)
-    solver = options.solver or pipe.config.sampling["solver"]
+    pipe = load_pipeline(options.checkpoint, options.ema, options.variant, options.revision, options.trust_remote_code)
+    solver = options.solver or pipe.sampling.solver
     pipe.check_choice(solver, options.cfg_scale)
     volumes = len(pipe.shape) == 4
     if volumes and options.out.suffix == ".npz":
         raise ValueError(f"out must be a folder or x.png for volumes, got {options.out}")
-    if options.classes and not pipe.net.config.num_classes:
+    if options.classes and not pipe.num_classes:
         raise ValueError("classes are for networks with classes, and this one has none: leave them out")
-    classes = pipe.class_ids(options.classes) if options.classes else list(range(pipe.net.config.num_classes))
+    classes = pipe.class_ids(options.classes) if options.classes else list(range(pipe.num_classes))
+    cond = read_conditions(options.cond)
     count = options.num_images or (8 * len(options.classes) or 64)
     steps = options.num_steps or STEPS[solver]
-    accelerator.print(f"guidance {guidance_in_words(MeanFlowConfig(**vars(pipe.objective)))}", file=sys.stderr)
+    accelerator.print(f"guidance {pipe.sampling.guidance}", file=sys.stderr)
     cast(pipe, None if options.dtype == "fp32" else options.dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(indices: range):
         y = [classes[index % len(classes)] for index in indices] if classes else None
-        how = {"num_inference_steps": steps, "guidance_scale": options.cfg_scale, "solver": solver}
+        mine = {name: torch.stack([values[index % len(values)] for index in indices]) for name, values in cond.items()}
+        how = {"num_inference_steps": steps, "guidance_scale": options.cfg_scale, "solver": solver, "cond": mine}
         images = pipe(y, len(indices), latents=pipe.noise(options.seed, indices), output_type="np", **how).images
         return images if volumes else (images * 255).round().astype("uint8")
 

@@ -1,0 +1,91 @@
+"""The protocol of data. Data of your own are one class that follows it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meanflow.noise import generator
+from meanflow.pictures import middle_slices
+from meanflow.sampler import Cond
+
+
+class UnreadableSample(ValueError):
+    """A sample that cannot be decoded; the message names it."""
+
+
+class Data:
+    """What a network can be trained on."""
+
+    shape: tuple[int, ...]  # of one sample as the network sees it, (C, *S)
+    num_classes: int = 0  # 0: without classes
+    metadata: dict  # JSON that says what the data are; count: how many samples; classes: the classes' names
+
+    def __len__(self) -> int:
+        return self.metadata["count"]
+
+    def batch(self, indices: Sequence[int], generators: Iterable[torch.Generator]) -> tuple[Any, Cond]:
+        """These samples, and the conditions that go to the network by keyword.
+
+        Args:
+            generators: one for each sample; all that is random about the sample, such as a flip, is drawn from it.
+        Returns:
+            x, (B, C, *S) float32 in model units, and a dict of tensors (B, ...): y, the classes, (B,) int64, if there
+            are any, and further conditions by name. Where the data have an `encode`, x may be a tuple of its arguments.
+        """
+        raise NotImplementedError
+
+    # Data that are made ready on the training device, such as images that go through a VAE, have a method
+    # encode(*x) -> x in model units.
+    encode = None
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1] to look at, (B, 1 or 3, H, W), from model units."""
+        return middle_slices(x) if x.ndim == 5 else x[:, :3]
+
+    def channel_variance(self, max_samples: int = 1024) -> Tensor:
+        """The variance of each channel, (C,) float64, over samples that are evenly spread.
+
+        Raises:
+            ValueError: a channel is constant.
+        """
+        sums = torch.zeros(2, self.shape[0], dtype=torch.float64)
+        rows = torch.linspace(0, len(self) - 1, min(len(self), max_samples)).long().tolist()
+        for row in rows:
+            x, _ = self.batch([row], [generator(0, row, "variance")])
+            x = (self.encode(*x) if isinstance(x, tuple) else x)[0].double().flatten(1)
+            sums += torch.stack([x.mean(dim=1), x.square().mean(dim=1)]) / len(rows)
+        variance = sums[1] - sums[0] ** 2
+        if not (variance > 0).all():
+            raise ValueError(f"channel_weights: a channel is constant, the variances are {variance.tolist()}")
+        return variance
+
+
+@dataclass
+class InMemory(Data):
+    """Images or volumes in memory.
+
+    Args:
+        x: (N, C, *S), pixels in [-1, 1], latents in model units, or volumes.
+        y: classes in [0, num_classes), (N,) int64; None without classes.
+        latents: {"shift", "scale"} of latents, for a sampler.
+    Raises:
+        ValueError: a class is out of range.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    num_classes: int
+    latents: dict | None = None
+
+    def __post_init__(self) -> None:
+        if self.y is not None and not (0 <= self.y.min() and self.y.max() < self.num_classes):
+            raise ValueError(f"classes must be in [0, {self.num_classes}), got {self.y.min()} to {self.y.max()}")
+        self.shape = tuple(self.x.shape[1:])
+        classes = [str(label) for label in range(self.num_classes)]
+        self.metadata = {"count": len(self.x), "classes": classes, "latents": self.latents}
+
+    def batch(self, indices: Sequence[int], generators: Iterable[torch.Generator]) -> tuple[Tensor, Cond]:
+        return self.x[indices], {"y": self.y[indices]} if self.num_classes else {}

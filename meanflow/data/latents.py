@@ -1,0 +1,198 @@
+"""Cached latents: the VAE's posterior of each image and of its mirror image, in arrow files that datasets opens.
+
+latents.json         the metadata and each shard's checksum; it is written last, so a cache without it is unfinished
+data-00000.arrow     a shard: moments (2 flips, mean and standard deviation, C, H, W) in float16, and label
+dataset_info.json, state.json   for datasets.load_from_disk
+.progress/           only in an unfinished cache
+
+The moments are the VAE's own, neither shifted nor scaled. tools/cache_latents.py writes caches.
+"""
+
+import bisect
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from meanflow.config import TrainConfig
+from meanflow.data.base import Data
+from meanflow.data.images import ImageFiles
+from meanflow.data.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_metadata
+from meanflow.files import checksum, errors_as, read_json
+from meanflow.sampler import Cond
+
+LATENTS = "latents.json"
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether the folder is a cache, finished or not."""
+    return (folder / LATENTS).exists() or (folder / ".progress").exists()
+
+
+def read_metadata(folder: Path) -> dict:
+    """The content of latents.json; the cache must be finished and every shard must have its size.
+
+    Raises:
+        ValueError: it is no cache, is unfinished, or a shard is missing or cut; the message names the file.
+    """
+    if not (folder / LATENTS).is_file():
+        if (folder / ".progress").exists():
+            raise ValueError(f"{folder} is unfinished: give tools/cache_latents.py the same command again")
+        raise ValueError(f"{folder} has no {LATENTS}: make it with tools/cache_latents.py")
+    with errors_as(f"{folder / LATENTS} is damaged"):
+        metadata = read_json(folder / LATENTS)
+        shards = metadata["shards"]
+    for shard in shards:
+        path = folder / shard["file"]
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size != shard["bytes"]:
+            raise ValueError(f"{path} is damaged: it has {path.stat().st_size} bytes, and had {shard['bytes']}")
+    return metadata
+
+
+def verify_shards(folder: Path, shards: Sequence[dict], quiet: bool = False) -> None:
+    """Reads these shards and compares their checksums, with a progress bar unless quiet.
+
+    Raises:
+        ValueError: a shard has another checksum than when it was written.
+    """
+    for shard in tqdm(shards, "checksums", unit="shard", disable=quiet):
+        if checksum(folder / shard["file"]) != shard["sha256"]:
+            raise ValueError(f"{folder / shard['file']} is damaged: its checksum is not the one that was noted")
+
+
+def check_expected(folder: Path, metadata: dict, recipe: TrainConfig) -> None:
+    """Refuses a cache that was not made as the recipe expects, naming the difference."""
+    wrong = [name for name in ("resolution", "scaling_factor") if metadata[name] != getattr(recipe, name)]
+    # Wherever a VAE lies, its weights decide. (Random latents are nobody's.)
+    if metadata["vae_sha256"] and recipe.vae and Path(recipe.vae).expanduser().is_dir():
+        weights = fingerprint(load_vae(recipe.vae))
+        if weights != metadata["vae_sha256"]:
+            there = f"weights of SHA-256 {metadata['vae_sha256'][:12]}..., not {weights[:12]}..."
+            raise ValueError(f"{folder} was made by another VAE than {recipe.vae}: by {metadata['vae']}, with {there}")
+    elif metadata["vae"] != recipe.vae:
+        wrong.insert(0, "vae")
+    if wrong:
+        diff = ", ".join(f"{name} {metadata[name]} there, {getattr(recipe, name)} here" for name in wrong)
+        flags = " ".join(f"--{name.replace('_', '-')} {metadata[name]}" for name in wrong)
+        raise ValueError(f"{folder} holds latents of other settings ({diff}): make them anew, or say {flags}")
+
+
+class LatentSpace(Data):
+    """Data in the model units of latents, (latent - shift) * scale, and the way back to pixels.
+
+    Args:
+        metadata: what the latents are.
+        shift, scale: one number, or one for each channel.
+        vae: a folder or Hub id, which is loaded when it is first needed; or the AutoencoderKL.
+    """
+
+    def __init__(self, metadata: dict, shift: float | list[float], scale: float | list[float], vae):
+        self.metadata, self.vae = {**metadata, "latents": {"shift": shift, "scale": scale}}, vae
+        self.shift, self.scale = (torch.tensor(a).view(-1, 1, 1) for a in (shift, scale))
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        return (latents - self.shift.to(latents.device)) * self.scale.to(latents.device)
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """Images, roughly in [-1, 1], (B, 3, H, W); a third of the first three channels if the VAE cannot be loaded."""
+        if isinstance(self.vae, str):
+            try:
+                self.vae = load_vae(self.vae)
+            except ValueError as error:
+                print(f"pictures show the latents themselves: {error}", file=sys.stderr)
+                self.vae = None
+        if self.vae is None:
+            return x[:, :3] / 3
+        return decode(self.vae.to(x.device), x / self.scale.to(x.device) + self.shift.to(x.device))
+
+
+class Latents(LatentSpace):
+    """The latents of a cache, in model units; they are drawn anew from the VAE's posterior at each visit.
+
+    Raises:
+        ValueError: the cache is damaged, unfinished or not what the recipe expects.
+    """
+
+    def __init__(self, folder: Path, recipe: TrainConfig):
+        import pyarrow as pa
+
+        self.folder, self.recipe = folder, recipe
+        metadata = read_metadata(folder)
+        check_expected(folder, metadata, recipe)
+        self.shards = metadata.pop("shards")
+        self.shape, self.num_classes = tuple(metadata["shape"][2:]), len(metadata["classes"])
+        if recipe.normalization == "channel":
+            shift, scale = metadata["channel_mean"], [1 / std for std in metadata["channel_std"]]
+        else:
+            shift, scale = metadata["shift_factor"] or 0.0, metadata["scaling_factor"]
+        super().__init__({**metadata, "normalization": recipe.normalization}, shift, scale, recipe.vae)
+        self.moments, labels = [], []
+        for shard in self.shards:
+            with errors_as(f"{folder / shard['file']} is damaged"):
+                with pa.memory_map(str(folder / shard["file"])) as file:
+                    table = pa.ipc.open_stream(file).read_all()
+                column = table["moments"].chunk(0)
+                # Views of the file's pages: to decode the rows is ten times slower.
+                while isinstance(column, pa.FixedSizeListArray):
+                    column = column.flatten()
+                self.moments.append(column.to_numpy().reshape(-1, *metadata["shape"]))
+                labels.append(table["label"].to_numpy())
+        self.labels = torch.from_numpy(np.concatenate(labels))
+        self.ends = list(itertools.accumulate(map(len, labels)))
+
+    def read(self, indices: Sequence[int], flips: Sequence[int]) -> Tensor:
+        """The moments of these images, (B, 2, C, H, W) float16; flip 1 is the mirror image."""
+        out = np.empty((len(indices), 2, *self.shape), np.float16)
+        for row, (index, flip) in enumerate(zip(indices, flips)):
+            shard = bisect.bisect_right(self.ends, index)
+            out[row] = self.moments[shard][index - self.ends[shard], flip]  # counted from the shard's end
+        return torch.from_numpy(out)
+
+    def batch(self, indices: Sequence[int], generators: Iterable[torch.Generator]) -> tuple[Tensor, Cond]:
+        flips, noise = [], torch.empty(len(indices), *self.shape)
+        for row, random in enumerate(generators):
+            flips.append(int(self.recipe.flip and torch.rand((), generator=random) < 0.5))
+            noise[row].normal_(generator=random)
+        mean, std = self.read(indices, flips).float().unbind(1)
+        cond = {"y": self.labels[torch.as_tensor(indices)]} if self.num_classes else {}
+        return self.normalize(torch.addcmul(mean, std, noise)), cond
+
+    def __reduce__(self):
+        """A process that is spawned, as on macOS and Windows, opens the files anew: it must not get their content."""
+        return type(self), (self.folder, self.recipe), {"num_classes": self.num_classes, "metadata": self.metadata}
+
+
+class EncodedImages(LatentSpace):
+    """Images that go through the VAE at each visit, on the training device. It is for small jobs: a cache is faster.
+
+    The x of a batch is (pixels, noise), from which `encode` makes latents in model units.
+    """
+
+    def __init__(self, images: ImageFiles, recipe: TrainConfig):
+        if recipe.normalization == "channel":
+            raise ValueError("normalization must be scale without a cache, which has the statistics, got channel")
+        vae = load_vae(recipe.vae)
+        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+        if scale != recipe.scaling_factor:
+            raise ValueError(f"scaling_factor must be that of {recipe.vae}, {scale}, got {recipe.scaling_factor}")
+        self.images, self.num_classes = images, images.num_classes
+        self.shape = latent_shape(vae, recipe.resolution)
+        metadata = {**images.metadata, **vae_metadata(vae, recipe.vae), "normalization": recipe.normalization}
+        super().__init__(metadata, shift, scale, vae)
+
+    def batch(self, indices: Sequence[int], generators: Iterable[torch.Generator]) -> tuple[tuple, Cond]:
+        generators = list(generators)
+        pixels, cond = self.images.batch(indices, generators)
+        noise = torch.stack([torch.randn(self.shape, generator=random) for random in generators])
+        return (pixels, noise), cond if self.num_classes else {}
+
+    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        mean, std = encode(self.vae.to(pixels.device), pixels)
+        return self.normalize(mean + std * noise)

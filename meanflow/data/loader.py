@@ -1,0 +1,107 @@
+"""The loader that gives every sample of the run its data and its draws.
+
+A slot is a sample's place in the run: step * global_batch + place in the global batch. Image, flip, noise, times and
+label drop are functions of (seed, slot). So the number of processes and of accumulation steps changes only who works on
+which slots, and a run resumes by starting at another step.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
+
+from meanflow.config import TrainConfig
+from meanflow.data.augment import augment
+from meanflow.data.base import Data
+from meanflow.noise import generator, noise
+from meanflow.objectives.base import Batch, Objective
+
+
+class SlotBatches(Sampler):
+    """The micro-batches of one process from step `start` to `stop` - 1: lists of (sample index, slot).
+
+    Slot s holds sample s % N of the permutation of epoch s // N, so an epoch has each sample once. The objective says
+    in which order the slots of a micro-batch come.
+
+    Raises:
+        ValueError: the global batch does not divide, or the objective refuses such micro-batches.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainConfig,
+        objective: type[Objective],
+        num_samples: int,
+        start: int,
+        stop: int,
+        process: int,
+        num_processes: int,
+    ):
+        self.recipe, self.objective, self.num_samples = recipe, objective, num_samples
+        self.steps, self.process, self.num_processes = range(start, stop), process, num_processes
+        self.micro_batch, rest = divmod(recipe.global_batch, num_processes * recipe.accumulation_steps)
+        if rest:
+            parts = f"processes x accumulation_steps ({num_processes} x {recipe.accumulation_steps})"
+            raise ValueError(f"global_batch must be a multiple of {parts}, got {recipe.global_batch}")
+        objective.order_slots(recipe.objective, range(self.micro_batch), recipe.global_batch)  # it may refuse them
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.recipe.accumulation_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        G, epoch = self.recipe.global_batch, None
+        for step in self.steps:
+            for micro_step in range(self.recipe.accumulation_steps):
+                first = step * G + (micro_step * self.num_processes + self.process) * self.micro_batch
+                slots = range(first, first + self.micro_batch)
+                batch = []
+                for slot in self.objective.order_slots(self.recipe.objective, slots, G):
+                    if slot // self.num_samples != epoch:
+                        epoch = slot // self.num_samples
+                        random = generator(self.recipe.seed, epoch, "order")
+                        order = torch.randperm(self.num_samples, generator=random).tolist()
+                    batch.append((order[slot % self.num_samples], slot))
+                yield batch
+
+
+class SlotData(Dataset):
+    """The Batch of a list of (sample index, slot)."""
+
+    def __init__(self, recipe: TrainConfig, objective: type[Objective], data: Data):
+        self.recipe, self.objective, self.data = recipe, objective, data
+
+    def __getitems__(self, batch: list[tuple[int, int]]) -> Batch:
+        indices, slots = map(list, zip(*batch))
+        recipe, shape = self.recipe, self.data.shape
+        x, cond = self.data.batch(indices, (generator(recipe.seed, slot, "data") for slot in slots))
+        draws = self.objective.make_draws(recipe.objective, shape, recipe.seed, slots, recipe.global_batch)
+        if recipe.fixed_noise:
+            draws = replace(draws, e=noise(recipe.seed, indices, shape))
+        if recipe.augment:
+            generators = (generator(recipe.seed, slot, "augment") for slot in slots)
+            x, labels = augment(x, recipe.augment, generators)
+            cond = {**cond, "augment_labels": labels}
+        return Batch(x, draws, cond)
+
+
+def make_loader(
+    recipe: TrainConfig,
+    objective: type[Objective],
+    data: Data,
+    start: int,
+    stop: int,
+    process: int = 0,
+    num_processes: int = 1,
+) -> DataLoader:
+    """The micro-batches of one process for steps start to stop - 1, as Batch on the CPU.
+
+    Raises:
+        ValueError: the global batch does not divide, or the objective refuses such micro-batches.
+    """
+    batches = SlotBatches(recipe, objective, len(data), start, stop, process, num_processes)
+    fork = "fork" if recipe.workers and sys.platform == "linux" else None  # which copies no data
+    options = {"num_workers": recipe.workers, "multiprocessing_context": fork, "pin_memory": torch.cuda.is_available()}
+    slots = SlotData(recipe, objective, data)
+    return DataLoader(slots, batch_sampler=batches, collate_fn=default_convert, **options)

@@ -1,0 +1,93 @@
+"""Which data a recipe means, and the small data sets that need no file."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from meanflow.config import TrainConfig
+from meanflow.data.base import Data, InMemory
+from meanflow.data.images import ImageFiles
+from meanflow.data.latents import EncodedImages, Latents, is_cache
+from meanflow.data.volumes import Volumes, has_volumes, shapes
+
+BUILT_IN = ("digits", "shapes")
+
+
+def load_data(recipe: TrainConfig) -> Data:
+    """The recipe's training data.
+
+    Raises:
+        ValueError: there are none, they are damaged, or they are not what the recipe expects; the message says what.
+    """
+    data = random_latents(recipe) if recipe.smoke and recipe.vae else open_data(recipe)
+    if not recipe.class_conditional:
+        data.num_classes = 0
+        data.metadata["classes"] = []
+    is_square_image = len(data.shape) == 3 and data.shape[1] == data.shape[2]
+    if recipe.augment and (recipe.vae or not is_square_image):
+        raise ValueError(f"augment is for square images in pixels, got {recipe.augment} for {recipe.data}")
+    return data
+
+
+def open_data(recipe: TrainConfig) -> Data:
+    """Tries one kind of data after the other: built-in ones, a latent cache, volumes, images."""
+    folder = Path(recipe.data).expanduser()
+    are_volumes = recipe.resolution is None and has_volumes(folder)
+    check_options(recipe, without_pixels=are_volumes or recipe.data in BUILT_IN)
+    if recipe.data == "digits":
+        images = digits(recipe.resolution or 8)[0]
+        return subset(images, recipe.subset) if recipe.subset else images
+    if recipe.data == "shapes":
+        return InMemory(shapes(), None, 0)
+    if is_cache(folder):
+        return Latents(folder, recipe)
+    if are_volumes:
+        return Volumes(folder)
+    if recipe.resolution is None:
+        raise ValueError(f"resolution must be given for images, got None, and {folder} is no folder with volumes")
+    if recipe.vae and recipe.data.startswith(".") and not folder.exists():
+        raise ValueError(f"{recipe.data}: no such folder: name it with --data; tools/cache_latents.py makes latents")
+    images = ImageFiles(recipe.data, recipe.resolution, flip=recipe.flip, crop=recipe.crop)
+    return images if recipe.vae is None else EncodedImages(images, recipe)
+
+
+def check_options(recipe: TrainConfig, without_pixels: bool) -> None:
+    if recipe.data != "digits" and recipe.subset:
+        raise ValueError(f"subset is for digits, got data {recipe.data}")
+    for name in ("vae", "flip"):
+        value = getattr(recipe, name)
+        if value and without_pixels:
+            raise ValueError(f"{name} is not for {recipe.data}, got {value}: name a folder of images with --data")
+
+
+def digits(resolution: int = 8) -> tuple[InMemory, InMemory]:
+    """scikit-learn's handwritten digits, (1, 8, 8) with 17 grey levels: 1,347 to train on, and 450 held out.
+
+    At another resolution they are scaled bilinearly.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    x, y = torch.from_numpy(data.images[:, None] / 8 - 1).float(), torch.from_numpy(data.target).long()
+    if resolution != 8:
+        x = F.interpolate(x, (resolution, resolution), mode="bilinear", align_corners=False)
+    train, held_out = train_test_split(range(len(y)), test_size=0.25, stratify=data.target, random_state=0)
+    return InMemory(x[train], y[train], 10), InMemory(x[held_out], y[held_out], 10)
+
+
+def subset(images: InMemory, size: tuple[int, int]) -> InMemory:
+    """The first images of the first classes; size: how many classes, and how many images of each."""
+    num_classes, per_class = size
+    rows = [(images.y == label).nonzero()[:per_class, 0] for label in range(num_classes)]
+    if any(len(row) < per_class for row in rows):
+        raise ValueError(f"subset must be at most 10 classes of at most {images.y.bincount().min()}, got {size}")
+    return InMemory(images.x[torch.cat(rows)], images.y[torch.cat(rows)], num_classes)
+
+
+def random_latents(recipe: TrainConfig) -> InMemory:
+    """A smoke test's data: 256 latents as Stable Diffusion's VAE shapes them, of 1,000 classes."""
+    size, random = recipe.resolution // 8, torch.Generator().manual_seed(0)
+    x, y = torch.randn(256, 4, size, size, generator=random), torch.randint(1000, (256,), generator=random)
+    return InMemory(x, y, num_classes=1000, latents={"shift": 0.0, "scale": recipe.scaling_factor})

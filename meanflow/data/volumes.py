@@ -1,0 +1,75 @@
+"""Volumes, such as the latents of scans: a folder of files, and a synthetic set to try things with."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from meanflow.data.base import Data, UnreadableSample
+from meanflow.files import errors_as
+from meanflow.sampler import Cond
+
+SUFFIXES = (".npy", ".safetensors")
+
+
+def has_volumes(folder: Path) -> bool:
+    return folder.is_dir() and any(path.suffix in SUFFIXES for path in folder.iterdir())
+
+
+class Volumes(Data):
+    """The volumes of a folder's .npy files, and of its .safetensors files with the key volume: each (C, D, H, W).
+
+    They stay in the units that they have. They have no classes.
+
+    Raises:
+        ValueError: one has another shape; the message names the file.
+    """
+
+    def __init__(self, folder: Path):
+        self.files = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
+        for path in self.files:
+            shape = volume(path, shape_only=True)
+            self.shape = shape if path == self.files[0] else self.shape
+            if len(shape) != 4 or shape != self.shape:
+                first = f"like {self.files[0].name}, {self.shape}" if len(self.shape) == 4 else "(C, D, H, W)"
+                raise ValueError(f"{path}: a volume must be {first}, got {shape}")
+        self.metadata = {"source": str(folder), "count": len(self.files), "classes": []}
+
+    def batch(self, indices: Sequence[int], generators: Iterable[torch.Generator]) -> tuple[Tensor, Cond]:
+        return torch.stack([volume(self.files[index]) for index in indices]), {}
+
+
+def volume(path: Path, shape_only: bool = False) -> Tensor | tuple[int, ...]:
+    """A file's volume in float32, or its shape without reading the rest.
+
+    Raises:
+        UnreadableSample: naming it.
+    """
+    with errors_as(f"{path} is no readable volume", UnreadableSample):
+        if path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r")
+            if shape_only:
+                return array.shape
+            x = torch.from_numpy(np.array(array, np.float32))
+        else:
+            with safe_open(path, "pt") as file:
+                if shape_only:
+                    return tuple(file.get_slice("volume").get_shape())
+                x = file.get_tensor("volume").float()
+        if not x.isfinite().all():
+            raise ValueError("it has values that are not finite")
+    return x
+
+
+def shapes(count: int = 512, side: int = 16) -> Tensor:
+    """Smooth random balls, (count, 4, side, side, side); each channel has a mean and a deviation of its own."""
+    random, axis = torch.Generator().manual_seed(0), torch.linspace(-1, 1, side)
+    grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))  # (3, D, H, W)
+    centre = torch.rand(count, 4, 3, 1, 1, 1, generator=random) - 0.5
+    radius = 0.3 + 0.4 * torch.rand(count, 4, 1, 1, 1, generator=random)
+    balls = torch.sigmoid(6 * (1 - (grid - centre).norm(dim=2) / radius))
+    shift, scale = (torch.tensor(values).view(-1, 1, 1, 1) for values in ([-0.3, 0.5, 0.4, -0.2], [1.0, 3.0, 0.5, 2.0]))
+    return (balls - shift) * scale

@@ -1,0 +1,74 @@
+"""A recipe's main program: first the flags, then torch, then a dry run, a smoke test or training."""
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+from meanflow.config import TrainConfig
+
+
+def run(
+    recipe: TrainConfig,
+    objective: type | None = None,
+    net: type | None = None,
+    data: Callable | None = None,
+    optimizer: Callable | None = None,
+) -> None:
+    """Trains a recipe. Every field is a flag; bad input ends the program with one line and code 1.
+
+    Args:
+        recipe: values only; its objective is the dataclass of the objective's options.
+        objective: an `Objective` of your own; default: the one that goes with recipe.objective.
+        net: a network of your own, a diffusers ModelMixin in a self-contained file. It is made by
+            net(input_size=(H, W), in_channels=C, num_classes=K, **recipe.net) and has z_shape, (C, H, W).
+        data: a function or class of your own: data(recipe) -> `Data`; default: what recipe.data names.
+        optimizer: optimizer(groups, recipe) -> a torch optimiser of these groups of parameters; default: Adam, or AdamW
+            if recipe.weight_decay > 0.
+    Raises:
+        SystemExit: the run cannot begin, or something ended it; training/guard.py has the codes.
+    """
+    import tyro
+
+    written = recipe
+    recipe = tyro.cli(type(recipe), default=recipe, description=sys.modules["__main__"].__doc__)
+    if recipe.epochs != written.epochs and recipe.steps == written.steps:
+        recipe = replace(recipe, steps=None)  # a flag takes precedence over what is written
+    if recipe.smoke and recipe.dry_run:
+        sys.exit("error: smoke runs have no dry run: leave out one of --smoke and --dry-run")
+    if recipe.smoke:
+        recipe = smoke_test(recipe)
+        os.environ["HF_HUB_OFFLINE"] = "1"  # a test of this machine, not of the network
+    if net is not None:
+        recipe = replace(recipe, model=net.__name__)
+    try:
+        if recipe.dry_run:
+            from meanflow.data.sources import load_data
+            from meanflow.training.preflight import preflight
+            from meanflow.training.screen import dry_run
+
+            num_processes = int(os.environ.get("WORLD_SIZE", 1))
+            return dry_run(preflight(recipe, (data or load_data)(recipe), num_processes, objective, net))
+        from meanflow.training.trainer import Trainer
+
+        trainer = Trainer(recipe, objective, net, data, optimizer)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    from meanflow.data.base import UnreadableSample
+
+    try:
+        trainer.train()
+    except UnreadableSample as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # a loading process puts a traceback before it
+
+
+def smoke_test(recipe: TrainConfig) -> TrainConfig:
+    """The recipe's smoke test, on any number of processes; on digits or shapes unless it trains on latents."""
+    data, flip, out = recipe.data, recipe.flip, recipe.out.with_name(f"{recipe.out.name}-smoke")
+    if recipe.vae is None:
+        data, flip = "digits" if data == "digits" or recipe.resolution else "shapes", False
+    parts = int(os.environ.get("WORLD_SIZE", 1)) * recipe.accumulation_steps
+    batch = 4 * parts * math.ceil(4 / parts)
+    every = {"log_every": 1, "sample_every": 4, "checkpoint_every": 2}
+    return replace(recipe, data=data, flip=flip, out=out, steps=4, global_batch=batch, **every)

@@ -1,0 +1,149 @@
+"""The random draws of one training step: noise, times and dropped labels, made on the CPU.
+
+A sample's draws are a function of the seed and its slot, which is the place that the sample has in the sequence of all
+samples that the run will ever see. So they depend neither on the device nor on how many processes share the work.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from meanflow.config import MeanFlowConfig
+from meanflow.noise import generator
+from meanflow.objectives.guidance import GuidedRows
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random in a micro-batch, row by row; the r != t rows come first.
+
+    Args:
+        e: standard normal noise, like x, (B, C, *S).
+        t, r: the interval's ends, (B,), 0 <= r <= t <= 1.
+        drop: which labels become the null class, (B,) bool.
+        guided: the rows whose velocity guidance changes. If None, the objective finds them itself, which forces a host
+            sync on an accelerator.
+    Raises:
+        ValueError: a shape, a dtype or, on the CPU, a time is wrong.
+    """
+
+    e: Tensor
+    t: Tensor
+    r: Tensor
+    drop: Tensor
+    guided: GuidedRows | None = None
+
+    def __post_init__(self) -> None:
+        batch = self.e.shape[:1]
+        if not self.t.shape == self.r.shape == self.drop.shape == batch:
+            shapes = [tuple(x.shape) for x in (self.t, self.r, self.drop)]
+            raise ValueError(f"t, r and drop must be {tuple(batch)} like the noise's first axis, got {shapes}")
+        if self.drop.dtype != torch.bool:
+            raise ValueError(f"drop must be bool, got {self.drop.dtype}")
+        if self.t.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if not (0 <= self.r.min() and self.t.max() <= 1):
+            raise ValueError(f"t and r must be in [0, 1], got {self.r.min():.4g} to {self.t.max():.4g}")
+        if (self.r > self.t).any():
+            row = int((self.r > self.t).nonzero()[0])
+            raise ValueError(f"r must be <= t, got r = {self.r[row]:.4g} > t = {self.t[row]:.4g} in row {row}")
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Draws":
+        e, t, r, drop = map(fn, (self.e, self.t, self.r, self.drop))
+        return Draws(e, t, r, drop, self.guided and GuidedRows(*map(fn, self.guided)))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Draws":
+        return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Draws":
+        """For the loader: in page-locked memory, from which a GPU copies without waiting."""
+        return self.map(Tensor.pin_memory)
+
+
+def num_meanflow(config: MeanFlowConfig, batch: int) -> int:
+    """How many of `batch` samples have r != t: an exact count."""
+    return round(batch * config.meanflow_ratio)
+
+
+def has_interval(config: MeanFlowConfig, slots: Sequence[int], global_batch: int) -> Tensor:
+    """Which slots have r != t, (B,) bool: num_meanflow of every global batch, evenly spread over it."""
+    k, j = num_meanflow(config, global_batch), torch.tensor(slots) % global_batch
+    return (j + 1) * k // global_batch > j * k // global_batch
+
+
+def order_slots(config: MeanFlowConfig, slots: Sequence[int], global_batch: int) -> list[int]:
+    """The slots of a micro-batch with the r != t ones first.
+
+    Raises:
+        ValueError: the micro-batch does not hold the exact share of r != t samples.
+    """
+    interval, k = has_interval(config, slots, global_batch), num_meanflow(config, global_batch)
+    if interval.sum() * global_batch != k * len(slots):
+        share = f"the {k} r != t samples in every {global_batch} (meanflow_ratio {config.meanflow_ratio})"
+        advice = "change global_batch or accumulation_steps"
+        raise ValueError(f"a micro-batch of {len(slots)} cannot hold its exact share of {share}: {advice}")
+    slots = torch.tensor(slots)
+    return torch.cat([slots[interval], slots[~interval]]).tolist()
+
+
+def sample_times(config: MeanFlowConfig, normals: Tensor, interval: Tensor) -> tuple[Tensor, Tensor]:
+    """t and r, (B,), from standard normal numbers (B, 2) and the rows that keep r != t, (B,) bool.
+
+    v0, arXiv:2505.13447 sec. 4.3: t and r are the maximum and the minimum of two logit-normals. v1, the authors'
+    CIFAR-10 code: t is drawn by itself and r = min(t, r), so that some of the chosen rows have r = t all the same. In
+    the other rows r = t either way.
+    """
+    P_mean_r = config.P_mean if config.P_mean_r is None else config.P_mean_r
+    P_std_r = config.P_std if config.P_std_r is None else config.P_std_r
+    t = (config.P_mean + config.P_std * normals[:, 0]).sigmoid()
+    r = (P_mean_r + P_std_r * normals[:, 1]).sigmoid()
+    if config.time_sampler == "v0":
+        t, r = torch.maximum(t, r), torch.minimum(t, r)
+    if config.prediction == "x":
+        t = t.clamp(min=config.t_min)
+    return t, torch.where(interval, torch.minimum(t, r), t)
+
+
+def drop_labels(config: MeanFlowConfig, uniform: Tensor, interval: Tensor) -> Tensor:
+    """Which labels to drop, (B,) bool, from uniform numbers (B,); null_class "flow" spares the r != t rows."""
+    if config.null_class == "independent" or config.class_dropout_prob == 0:
+        return uniform < config.class_dropout_prob
+    return ~interval & (uniform < config.class_dropout_prob / (1 - config.meanflow_ratio))
+
+
+def make_draws(
+    config: MeanFlowConfig, shape: tuple[int, ...], seed: int, slots: Sequence[int], global_batch: int | None = None
+) -> Draws:
+    """The draws of these slots: a pure function.
+
+    Args:
+        shape: of one sample, (C, *S).
+        slots: step * global_batch + the place in the global batch, in the order of `order_slots`.
+        global_batch: samples per optimiser step; default: these slots are all of them.
+    Raises:
+        ValueError: r = t slots come first, or the slots do not hold the exact share of r != t samples.
+    """
+    global_batch = global_batch or len(slots)
+    if list(slots) != order_slots(config, slots, global_batch):
+        raise ValueError("r = t slots stand before r != t ones: put the slots in the order of order_slots")
+    # Times in float64, then rounded: a vectorised float32 sigmoid's last digit depends on a row's place in the batch.
+    normals, uniform = torch.empty(len(slots), 2, dtype=torch.float64), torch.empty(len(slots))
+    e = torch.empty(len(slots), *shape)
+    for row, slot in enumerate(slots):
+        random = generator(seed, slot)
+        normals[row].normal_(generator=random)
+        uniform[row].uniform_(generator=random)
+        e[row].normal_(generator=random)
+    interval = has_interval(config, slots, global_batch)
+    t, r = (time.float() for time in sample_times(config, normals, interval))
+    drop = drop_labels(config, uniform, interval)
+    return Draws(e, t, r, drop, guided_rows(config, t, drop) if config.guided else None)
+
+
+def guided_rows(config: MeanFlowConfig, t: Tensor, drop: Tensor) -> GuidedRows:
+    """The rows whose velocity guidance changes: t is in [t_start, t_end] and the label is kept."""
+    guided = (config.t_start <= t) & (t <= config.t_end) & ~drop
+    k = num_meanflow(config, len(t))
+    return GuidedRows(guided[:k].nonzero()[:, 0], k + guided[k:].nonzero()[:, 0])

@@ -1,0 +1,313 @@
+"""The total derivative that MeanFlow needs, of unmodified networks, at the price of one extra forward.
+
+`torch.func.jvp` of a network costs three forwards: PyTorch's rule for linear layers and convolutions also multiplies
+the primal by a zero tangent of the weight. With gradients it keeps the tangent's activations, too, for a backward that
+never comes. Here each operation runs once as usual, with its graph and its fused kernel, and its tangent is computed
+beside it without a graph.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+
+
+def jvp(fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """fn(*primals) with its graph, and its derivative along the tangents, detached.
+
+    It is called like `torch.func.jvp`, and takes its place where no gradient is wanted through the derivative.
+
+    Args:
+        fn: any network; it returns a tensor or a nest of tensors. What it reads beside its arguments is a constant.
+        primals, tangents: floating-point tensors, pairwise of one shape and dtype.
+    Raises:
+        ValueError: primals and tangents do not match.
+        RuntimeError: by PyTorch, an operation without a forward-mode derivative; it is named.
+    """
+    if len(primals) != len(tangents):
+        raise ValueError(f"{len(primals)} primals but {len(tangents)} tangents")
+    for p, d in zip(primals, tangents):
+        if p.shape != d.shape or p.dtype != d.dtype:
+            raise ValueError(f"a primal is {tuple(p.shape)} {p.dtype}, its tangent {tuple(d.shape)} {d.dtype}")
+    with forward_ad.dual_level():
+        # torch.compile cannot make a view of an input dual: hence contiguous().
+        duals = [join(p.contiguous(), d.detach().contiguous()) for p, d in zip(primals, tangents)]
+        with SharedPrimal():
+            out = fn(*duals)
+        out = tree_map_only(Tensor, split, out)
+        u = tree_map_only(Dual, lambda x: x.p, out, is_leaf=is_dual)
+        du = tree_map_only(Dual, lambda x: torch.zeros_like(x.p) if x.d is None else x.d.detach(), out, is_leaf=is_dual)
+        return u, du
+
+
+def support_fsdp2() -> None:
+    """Lets duals through networks that torch's fully_shard wraps.
+
+    Its hook returns views of its inputs, but the tangents themselves, which forward AD refuses.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
+
+    RegisterPostBackwardFunction.jvp = staticmethod(lambda ctx, _, *tangents: tuple(d.view_as(d) for d in tangents))
+
+
+def finite_difference(
+    fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], step: float = 0.005
+) -> tuple[Tensor, Tensor]:
+    """The same by central differences, for networks without forward-mode derivatives: two forwards more.
+
+    The derivative's error is step^2 / 6 times the third derivative, plus rounding over step: below 1e-3 of the largest
+    entry for a DiT in float32. It leaves autocast, since in bfloat16 the rounding alone is 12 % and more.
+    """
+    out = fn(*primals)
+    with torch.no_grad(), torch.autocast(primals[0].device.type, enabled=False):
+        ahead, behind = (fn(*(p + sign * step * d for p, d in zip(primals, tangents))) for sign in (1, -1))
+        return out, (ahead - behind) / (2 * step)
+
+
+class Dual(NamedTuple):
+    p: Tensor  # the primal, with its graph
+    d: Tensor | None  # the tangent, without one; None for a constant
+
+
+def is_dual(x: Any) -> bool:
+    return isinstance(x, Dual)
+
+
+# The operations behind forward_ad.unpack_dual and make_dual, whose wrappers cost a small network a fifth of its time.
+def split(x: Tensor) -> Dual:
+    return Dual(*torch._unpack_dual(x, level=0)) if has_derivative(x) else Dual(x, None)
+
+
+def has_derivative(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def join(p: Tensor, d: Tensor | None) -> Tensor:
+    return p if d is None else torch._make_dual(p, d if d.dtype == p.dtype else d.to(p.dtype), level=0)
+
+
+def replace(kind: type, fn: Callable, x: Any) -> Any:
+    """x, the arguments or results of an operation, with fn applied to all of this kind. (torch's pytree is slower.)"""
+    if isinstance(x, kind):
+        return fn(x)
+    if isinstance(x, (list, tuple)):
+        return type(x)([replace(kind, fn, item) for item in x])
+    if isinstance(x, dict):
+        return {key: replace(kind, fn, value) for key, value in x.items()}
+    return x
+
+
+def primal(x: Any) -> Any:
+    """x with every Dual in it replaced by its primal."""
+    return replace(Dual, lambda dual: dual.p, x)
+
+
+class SharedPrimal(TorchFunctionMode):
+    """Runs each operation on dual tensors as: the primal once, as usual; its tangent beside it, under no_grad."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = {} if kwargs is None else kwargs
+        if "out" in kwargs and kwargs["out"] is None:  # which says the same as nothing
+            kwargs = {name: value for name, value in kwargs.items() if name != "out"}
+        if func is F.dropout:
+            return dropout(*args, **kwargs)
+        if must_run_once(func, args, kwargs):
+            with sdpa_kernel(SDPBackend.MATH) if "attention" in func.__name__ else nullcontext():
+                return func(*args, **kwargs)  # by PyTorch's own forward mode
+        args, kwargs, duals = unpack(args, kwargs)
+        out = func(*map(primal, args), **(primal(kwargs) if kwargs else kwargs))
+        outs = out if isinstance(out, (list, tuple)) else [out]
+        if all(x.d is None for x in duals) or not any(has_derivative(x) for x in outs):
+            return out
+        with torch.no_grad():
+            tangent = rule_of(func, args, kwargs)(func, out, *args, **kwargs)
+        if isinstance(out, Tensor):
+            return join(out, tangent)
+        return type(out)([join(p, d) for p, d in zip(out, tangent)])
+
+
+def unpack(args: tuple, kwargs: dict) -> tuple[list, dict, list[Dual]]:
+    """An operation's arguments with every tensor in them as a Dual, and a list of these."""
+    duals = []
+
+    def split_and_note(x: Tensor) -> Dual:
+        duals.append(split(x))
+        return duals[-1]
+
+    args = [split_and_note(x) if isinstance(x, Tensor) else replace(Tensor, split_and_note, x) for x in args]
+    kwargs = replace(Tensor, split_and_note, kwargs) if kwargs else kwargs
+    return args, kwargs, duals
+
+
+def rule_of(func: Callable, args: list, kwargs: dict) -> Callable:
+    """The rule for the tangent of this call.
+
+    Every rule knows its first tensor by its place, and the rules of two tensors know both. A call that gives one of
+    them by keyword is rare, and goes to PyTorch's forward mode.
+    """
+    rule = RULES.get(func, forward_mode)
+    by_keyword = not args or (rule in (add, bilinear, multiply) and any(map(is_dual, kwargs.values())))
+    return forward_mode if by_keyword else rule
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Dropout with one mask for the primal and the tangent.
+
+    It saves the same tensors as PyTorch's own dropout, because a checkpointed block runs again without duals.
+    """
+    x = split(input)
+    if not training or not p:
+        return input
+    if x.p.is_cuda:
+        out, mask = torch.native_dropout(x.p, p, True)
+        mask = mask / (1 - p)
+    else:
+        mask = F.dropout(torch.ones_like(x.p), p)
+        out = x.p * mask
+    return out if x.d is None else join(out, x.d * mask)
+
+
+# Random operations, those that keep running statistics, properties and hooks; and below, those in place.
+ONCE = {"bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softmax", "multi_head_attention_forward"}
+ONCE |= {"batch_norm", "instance_norm", "__get__", "__set__", "__setitem__", "register_hook"}
+ONCE |= {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
+ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p")
+
+
+@cache
+def runs_once(name: str) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ONCE or "dropout" in name or name.startswith("rand")
+
+
+def must_run_once(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a call must not run a second time for its tangent: it is random, or it changes a tensor."""
+    if func is F.scaled_dot_product_attention:
+        given = {**dict(zip(ATTENTION_ARGUMENTS, args)), **kwargs}
+        return given.get("dropout_p", 0.0) > 0
+    writes = kwargs.get("inplace", False) or kwargs.get("out") is not None
+    return writes or runs_once(func.__name__)
+
+
+def forward_mode(func: Callable, out: Any, *args, **kwargs) -> Any:
+    """The tangent by PyTorch's forward mode, of operations without a rule below: so the primal runs once more."""
+    args, kwargs = (replace(Dual, lambda x: join(x.p.detach(), x.d), x) for x in (args, kwargs))
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+        out = func(*args, **kwargs)
+    return replace(Tensor, lambda x: split(x).d, out)
+
+
+def is_constant(*args) -> bool:
+    """Whether none of an operation's arguments carries a tangent."""
+    return all(x.d is None for x in args if is_dual(x))
+
+
+def linear_in_first(func: Callable, out: Any, x: Dual, *args, **kwargs) -> Any:
+    """f(x) with f linear, such as a change of shape: df = f(dx)."""
+    if kwargs.get("rounding_mode") or not is_constant(*args, *kwargs.values()):
+        return forward_mode(func, out, x, *args, **kwargs)
+    return func(x.d, *primal(args), **primal(kwargs))
+
+
+def bilinear(func: Callable, out: Tensor, a: Any, b: Any) -> Tensor:
+    """f(a, b) with f linear in each: df = f(da, b) + f(a, db)."""
+    if is_constant(a):
+        return func(primal(a), b.d)
+    d = func(a.d, primal(b))
+    return d if is_constant(b) else d.add_(func(primal(a), b.d))
+
+
+def multiply(func: Callable, out: Tensor, a: Any, b: Any) -> Tensor:
+    """As bilinear, in one pass over memory less."""
+    if is_constant(a) or is_constant(b):
+        return bilinear(func, out, a, b)
+    return (a.d * b.p).addcmul_(a.p, b.d)
+
+
+def add(func: Callable, out: Tensor, a: Any, b: Any, **kwargs) -> Tensor:
+    if not is_constant(a) and not is_constant(b):
+        return func(a.d, b.d, **kwargs)
+    d = b.d if is_constant(a) else a.d
+    return d if d.shape == out.shape and not kwargs else forward_mode(func, out, a, b, **kwargs)
+
+
+def affine(func: Callable, out: Tensor, x: Dual, weight: Dual, bias: Dual | None = None, *args, **kwargs) -> Tensor:
+    """Linear layers and convolutions: df = f(dx, W), without the zero tangents' products of PyTorch's rule."""
+    if x.d is None or not is_constant(weight, bias):
+        return forward_mode(func, out, x, weight, bias, *args, **kwargs)
+    return func(x.d, weight.p, None, *args, **kwargs)
+
+
+def gelu(func: Callable, out: Tensor, x: Dual, approximate: str = "none") -> Tensor:
+    """An elementwise function's Jacobian is diagonal, so its backward kernel is its tangent, in one pass."""
+    return aten.gelu_backward(x.d, x.p, approximate=approximate)
+
+
+def silu(func: Callable, out: Tensor, x: Dual, inplace: bool = False) -> Tensor:
+    return aten.silu_backward(x.d, x.p)
+
+
+def layer_norm(func, out: Tensor, x: Dual, shape, weight: Dual | None = None, bias: Dual | None = None, eps=1e-5):
+    """The Jacobian of a normalisation is symmetric, so its backward kernel is its tangent, before the scale."""
+    if x.d is None or not is_constant(weight, bias):
+        return forward_mode(func, out, x, shape, weight, bias, eps)
+    _, mean, rstd = torch.native_layer_norm(x.p, shape, None, None, eps)
+    d, _, _ = aten.native_layer_norm_backward(x.d, x.p, shape, mean, rstd, None, None, [True, False, False])
+    return d if weight is None else d * weight.p
+
+
+def group_norm(func, out: Tensor, x: Dual, groups: int, weight: Dual | None = None, bias: Dual | None = None, eps=1e-5):
+    """As layer_norm."""
+    if x.d is None or not is_constant(weight, bias):
+        return forward_mode(func, out, x, groups, weight, bias, eps)
+    p, d = (a.to(out.dtype).contiguous() for a in (x.p, x.d))  # autocast may have raised it
+    size = (*p.shape[:2], p[0, 0].numel())
+    _, mean, rstd = torch.native_group_norm(p, None, None, *size, groups, eps)
+    d, _, _ = aten.native_group_norm_backward(d, p, mean, rstd, None, *size, groups, [True, False, False])
+    return d if weight is None else d * weight.p.view(-1, *[1] * (p.ndim - 2))
+
+
+def cat(func: Callable, out: Tensor, tensors: list[Dual], *args, **kwargs) -> Tensor:
+    return func([torch.zeros_like(x.p) if x.d is None else x.d for x in tensors], *args, **kwargs)
+
+
+def attention(func, out: Tensor, query: Dual, key: Dual, value: Dual, *masks, scale: float | None = None, **options):
+    """P = softmax(S), S = q k' scale: dS = (dq k' + q dk') scale, dout = (P * dS) v - rowsum(P * dS) out + P dv."""
+    if is_constant(query) or is_constant(key) or is_constant(value) or any(masks) or any(options.values()):
+        return forward_mode(func, out, query, key, value, *masks, scale=scale, **options)
+    q, k, v, dq, dk, dv = (x.contiguous() for x in (query.p, key.p, value.p, query.d, key.d, value.d))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, dq, k_t = q * scale, dq * scale, k.transpose(-1, -2)
+    at_least_float32 = torch.promote_types(q.dtype, torch.float32)
+    p = torch.softmax(q @ k_t, dim=-1, dtype=at_least_float32)
+    p_ds = (dq @ k_t).add_(q @ dk.transpose(-1, -2)) * p
+    d = (p_ds.to(v.dtype) @ v).add_(p.to(v.dtype) @ dv)
+    return d.addcmul_(p_ds.sum(dim=-1, keepdim=True), out, value=-1)
+
+
+RULES: dict[Callable, Callable] = {
+    **dict.fromkeys((F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d), affine),
+    F.scaled_dot_product_attention: attention,
+    F.gelu: gelu,
+    F.silu: silu,
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    torch.cat: cat,
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), add),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), multiply),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm), bilinear),
+    **dict.fromkeys((Tensor.reshape, Tensor.view, Tensor.flatten, Tensor.unflatten, Tensor.unsqueeze), linear_in_first),
+    **dict.fromkeys((Tensor.permute, Tensor.transpose, Tensor.unbind, Tensor.chunk, Tensor.to), linear_in_first),
+    **dict.fromkeys((Tensor.__getitem__, Tensor.squeeze, torch.chunk, F.interpolate), linear_in_first),
+    **dict.fromkeys((Tensor.div, Tensor.__truediv__), linear_in_first),
+}

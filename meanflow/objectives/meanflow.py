@@ -1,0 +1,228 @@
+"""The MeanFlow objective, arXiv:2505.13447: an average velocity u that agrees with the data's velocity v."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from meanflow.config import MeanFlowConfig, check
+from meanflow.objectives.base import Batch, Objective, Output, Sampling, check_classes, ode_sampling
+from meanflow.objectives.draws import Draws, guided_rows, make_draws, num_meanflow, order_slots
+from meanflow.objectives.guidance import guidance_in_words, guided_velocity
+from meanflow.objectives.jvp import finite_difference, jvp
+from meanflow.sampler import Cond, average_velocity, expand
+
+JVP = {"exact": jvp, "finite-difference": finite_difference}
+MIN_INTERVALS = 16  # r != t samples in an optimiser step, below which a run is warned of
+
+
+def mean_velocity_target(
+    u_fn: Callable, z_t: Tensor, t: Tensor, r: Tensor, v: Tensor, jvp: Callable = jvp
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The average velocity u, its regression target and du/dt, eqs. (8)-(11).
+
+    Args:
+        u_fn: (z_t, t, r) -> u with the conditions bound, of the bare network: a derivative cannot cross DDP.
+        z_t, v: a point on the path and the (guided) velocity there, (B, C, *S).
+        t, r: the interval's ends in [0, 1], r <= t, (B,).
+    Returns:
+        u with its graph; u_tgt = v - (t - r) du/dt and du/dt, both detached; all like z_t.
+    """
+    # The total derivative along the path: dz/dt = v, dt/dt = 1, dr/dt = 0.
+    u, du_dt = jvp(u_fn, (z_t, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))
+    return u, (v - expand(t - r, z_t) * du_dt).detach(), du_dt
+
+
+def adaptive_weight(squared_error: Tensor, norm_p: float, norm_eps: float) -> Tensor:
+    """w = 1 / (squared error + norm_eps)^norm_p, detached, sec. 4.3. The error is summed over a sample, (B,)."""
+    return (squared_error.detach() + norm_eps) ** -norm_p
+
+
+class MeanFlow(Objective):
+    """The objective of arXiv:2505.13447 as a module that owns the network.
+
+    Args:
+        net: net(z, t, h, **cond) -> u, or x_hat. With classes its config has num_classes, which is the null class.
+        config: the options.
+    """
+
+    order_slots = staticmethod(order_slots)
+    make_draws = staticmethod(make_draws)
+
+    def __init__(self, net: nn.Module, config: MeanFlowConfig):
+        super().__init__(net, config)
+        are_numbers = isinstance(config.channel_weights, (tuple, list))
+        weights = torch.tensor(config.channel_weights) if are_numbers else None
+        self.register_buffer("channel_weights", weights, persistent=False)
+
+    def prepare(self, data) -> None:
+        if self.config.channel_weights == "inverse-variance":
+            self.channel_weights = (1 / data.channel_variance()).float()
+
+    def u(self, z: Tensor, t: Tensor, r: Tensor, cond: Cond) -> Tensor:
+        return average_velocity(self.net, z, t, r, cond, self.config.prediction, self.config.t_min)
+
+    def forward(self, batch: Batch, step: int = 0) -> Output:
+        """The loss and metrics of one micro-batch.
+
+        Args:
+            batch: its draws are `Draws`, of which the first k = round(B * meanflow_ratio) rows have r != t; its cond
+                may hold y, classes in [0, num_classes], (B,) int64.
+            step: is not used.
+        Returns:
+            The metrics are means over the samples that they name: raw_loss, the squared error summed over a sample,
+            without weights; raw_loss_flow and raw_loss_meanflow, of the r = t and the r != t samples;
+            raw_loss_channels, (C,); du_dt, the norm of the total derivative. A mean over no samples is left out.
+        Raises:
+            ValueError: a shape or, on the CPU, a class or the order of the rows is wrong.
+        """
+        (x, draws, cond), config = batch, self.config
+        t, r, k = draws.t, draws.r, num_meanflow(config, len(x))
+        self.check_batch(batch, k)
+        z_t = (1 - expand(t, x)) * x + expand(t, x) * draws.e
+        v = draws.e - x
+        if "y" in cond:
+            cond = {**cond, "y": torch.where(draws.drop, self.net.config.num_classes, cond["y"])}
+
+        # The r = t rows are plain flow matching; they go first, because guidance reads their u.
+        flow, metrics = slice(k, None), {}
+        u = self.u(z_t[flow], t[flow], r[flow], select(cond, flow)) if k < len(x) else v[flow]
+        u_tgt = v_g = self.guide(v, z_t, t, cond, u, draws) if config.guided else v
+        if k:
+            cond_k = select(cond, slice(k))
+            u_k, u_tgt_k, du_dt = mean_velocity_target(
+                lambda z, t, r: self.u(z, t, r, cond_k), z_t[:k], t[:k], r[:k], v_g[:k], JVP[config.jvp]
+            )
+            u, u_tgt = torch.cat([u_k, u]), torch.cat([u_tgt_k, v_g[flow]])
+            metrics["du_dt"] = du_dt.flatten(1).norm(dim=1).mean()
+
+        squared_error = (u - u_tgt).square()
+        loss = self.weighted_loss(squared_error)
+        return Output(loss, {**metrics, **raw_losses(squared_error.detach(), k)})
+
+    def weighted_loss(self, squared_error: Tensor) -> Tensor:
+        """The mean over the batch of the adaptively weighted squared error, sec. 4.3; squared_error is (B, C, *S)."""
+        if self.config.channel_weights is not None:
+            squared_error = squared_error * self.channel_weights.view(-1, *[1] * (squared_error.ndim - 2))
+        error = squared_error.flatten(1).sum(dim=1)
+        return (adaptive_weight(error, self.config.norm_p, self.config.norm_eps) * error).mean()
+
+    def guide(self, v: Tensor, z_t: Tensor, t: Tensor, cond: Cond, u_flow: Tensor, draws: Draws) -> Tensor:
+        """The guided velocity, detached, like v; only the rows where guidance acts are evaluated, the others are v.
+
+        Args:
+            u_flow: u(z_t, t, t, y) of the r = t rows, which are the last ones: the main forward's output.
+        """
+        config, k = self.config, len(v) - len(u_flow)
+        rows = draws.guided or guided_rows(config, t, draws.drop)
+        # Guidance is without dropout. So where dropout acts, the main forward's output cannot be used again.
+        reuse_u_flow = not has_dropout(self.net)
+        cond_rows = rows.interval if reuse_u_flow else rows.all
+        if config.kappa == 0:
+            cond_rows = cond_rows[:0]
+        u_null, u_cond = self.null_and_conditional(z_t, t, cond, rows.all, cond_rows)
+        if config.kappa and reuse_u_flow:
+            u_cond = torch.cat([u_cond, u_flow.detach()[rows.flow - k]])
+        v_g = guided_velocity(v[rows.all], u_null, u_cond if config.kappa else 0.0, config.omega, config.kappa)
+        return v.index_copy(0, rows.all, v_g)
+
+    @torch.no_grad()
+    def null_and_conditional(
+        self, z_t: Tensor, t: Tensor, cond: Cond, null_rows: Tensor, cond_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """u(z_t, t, t, null) of null_rows and u(z_t, t, t, y) of cond_rows, in one forward without dropout."""
+        rows, null_class = torch.cat([null_rows, cond_rows]), self.net.config.num_classes
+        y = torch.cat([torch.full_like(null_rows, null_class), cond["y"][cond_rows]])
+        if not len(rows):  # nobody needs this forward, but FSDP's ranks have to agree on the number of forwards
+            rows, y = torch.zeros_like(cond["y"][:1]), cond["y"][:1]
+        with evaluation(self.net):
+            u = self.u(z_t[rows], t[rows], t[rows], {**select(cond, rows), "y": y})
+        end = len(null_rows) + len(cond_rows)
+        return u[: len(null_rows)], u[len(null_rows) : end]
+
+    def check_batch(self, batch: Batch, k: int) -> None:
+        x, draws, cond = batch
+        if x.shape != draws.e.shape:
+            raise ValueError(f"noise must be {tuple(x.shape)} like the data, got {tuple(draws.e.shape)}")
+        if self.config.channel_weights is not None:
+            if self.channel_weights is None:
+                raise ValueError("channel_weights are inverse-variance, and the data are not known: call prepare(data)")
+            check_channels(self.channel_weights, x.shape[1])
+        if "y" not in cond and self.config.guided:
+            raise ValueError("omega and kappa must be 1 and 0 without classes, got guidance")
+        if self.config.jvp == "finite-difference" and has_dropout(self.net):
+            raise ValueError("jvp must be exact for a network with active dropout, got finite-difference")
+        check_classes(cond.get("y"), len(x), self.net.config.num_classes if "y" in cond else 0)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # to look at the values would be a host sync
+        if (draws.r[k:] != draws.t[k:]).any():
+            raise ValueError(f"the first {k} of {len(x)} rows must be the r != t ones, got r = t rows first")
+
+    @classmethod
+    def check(cls, config: MeanFlowConfig, net: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:
+        if config.guided and not num_classes:
+            raise ValueError("objective.omega and objective.kappa must be 1 and 0 for data without classes")
+        if config.jvp == "finite-difference" and has_dropout(net.train()):
+            raise ValueError("objective.jvp must be exact for a network with dropout, got finite-difference")
+        if isinstance(config.channel_weights, (tuple, list)):
+            check_channels(config.channel_weights, shape[0])
+
+    @classmethod
+    def sampling(cls, config: MeanFlowConfig) -> Sampling:
+        null_class = {"independent": "any", "flow": "flow"}[config.null_class] if config.class_dropout_prob else None
+        known = {"prediction": config.prediction, "t_min": config.t_min, "null_class": null_class}
+        known |= {"guidance_scale": config.effective_scale if config.guided else None}
+        known |= {"guidance": guidance_in_words(config)}
+        return Sampling(**known) if config.meanflow_ratio else ode_sampling(**known)
+
+    @classmethod
+    def describe(cls, config: MeanFlowConfig, global_batch: int) -> dict[str, str]:
+        share = f"{num_meanflow(config, global_batch)} of {global_batch} samples with r != t"
+        return {"objective": f"{cls.__name__}, {share}", "guidance": guidance_in_words(config)}
+
+    @classmethod
+    def warnings(cls, config: MeanFlowConfig, global_batch: int) -> list[str]:
+        k = num_meanflow(config, global_batch)
+        if config.meanflow_ratio == 0 or k >= MIN_INTERVALS:
+            return []
+        advice = f"raise --global-batch until it is {MIN_INTERVALS} or more; --accumulation-steps keeps the memory"
+        return [f"only {k} of the {global_batch} samples of an optimiser step have r != t: {advice}"]
+
+
+def select(cond: Cond, rows: slice | Tensor) -> Cond:
+    """The conditions of these rows of a batch."""
+    return {name: value[rows] for name, value in cond.items()}
+
+
+def raw_losses(squared_error: Tensor, k: int) -> dict[str, Tensor]:
+    """The unweighted losses of a batch whose first k rows have r != t; squared_error is (B, C, *S), detached."""
+    raw = squared_error.flatten(2).sum(dim=2)  # (B, C)
+    losses = {"raw_loss": raw.sum(dim=1).mean(), "raw_loss_channels": raw.mean(dim=0)}
+    for name, part in (("raw_loss_meanflow", raw[:k]), ("raw_loss_flow", raw[k:])):
+        if len(part):
+            losses[name] = part.sum(dim=1).mean()
+    return losses
+
+
+def check_channels(weights, channels: int) -> None:
+    check(len(weights) == channels, "channel_weights", len(weights), f"{channels} numbers, one a channel")
+
+
+def has_dropout(net: nn.Module) -> bool:
+    """Whether a layer of net drops something now: torch's Dropout, timm's DropPath and the like."""
+    layers = (layer for layer in net.modules() if layer.training and "drop" in type(layer).__name__.lower())
+    return any((getattr(layer, "p", 0) or getattr(layer, "drop_prob", 0) or 0) > 0 for layer in layers)
+
+
+@contextmanager
+def evaluation(net: nn.Module) -> Iterator[None]:
+    """Every layer of net in evaluation mode, inside."""
+    layers = [layer for layer in net.modules() if layer.training]
+    try:
+        for layer in layers:
+            layer.training = False
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True

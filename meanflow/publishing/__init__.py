@@ -1,0 +1,1 @@
+"""A trained network as others use it: loaded, exported, and on the Hub."""

@@ -1,0 +1,121 @@
+"""Reading checkpoints: listing, verifying and loading them. meanflow/training/checkpoint.py writes them.
+
+A checkpoint is a folder step-00050000/ that is whole or not there:
+
+model/      the network: config.json and safetensors, as diffusers' save_pretrained writes them; a network that is not
+            in the zoo has its own file beside them, modeling_custom_NAME.py
+ema/0.9999/ the averaged network, likewise, one folder for each decay
+optimizer.safetensors: the optimiser's state, by the names of the weights
+objective.safetensors: the trainable modules that the objective has beside the network, if there are any
+recipe.json, data.json, step.json: what was trained, on what, for how long
+sampling.json: how the network is sampled
+checksums.json: the checksum of every other file
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from diffusers import ModelMixin
+
+from meanflow.config import MeanFlowConfig
+from meanflow.files import checksum, errors_as, read_json
+from meanflow.objectives.base import Sampling
+from meanflow.objectives.meanflow import MeanFlow
+from models import NETWORKS
+
+CHECKSUMS = "checksums.json"
+SAMPLING = "sampling.json"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first, by step."""
+    return sorted(run.glob("step-" + "[0-9]" * 8))
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """A run's newest checkpoint, or the checkpoint itself.
+
+    Raises:
+        ValueError: the folder is neither.
+    """
+    found = [folder] if (folder / "step.json").is_file() else checkpoints(folder)
+    if not found:
+        raise ValueError(f"{folder} is no run with a checkpoint, no checkpoint and no exported folder")
+    return found[-1]
+
+
+def saved_step(folder: Path) -> int:
+    """The step after which a checkpoint was saved."""
+    with errors_as(f"{folder / 'step.json'} is missing or damaged"):
+        return read_json(folder / "step.json")["step"]
+
+
+def verify_checkpoint(folder: Path, part: str = "") -> None:
+    """Compares the files of a checkpoint with their checksums; with a part, only the files below it.
+
+    Raises:
+        ValueError: a file is missing or damaged; the message names it and the checkpoint before.
+    """
+    older = [path for path in checkpoints(folder.parent) if path.name < folder.name]
+    advice = f": --resume {older[-1]} goes on from the one before" if older else ""
+    with errors_as(f"{folder / CHECKSUMS} is missing or damaged{advice}"):
+        sums = read_json(folder / CHECKSUMS)
+    for name, value in sums.items():
+        if name.startswith(part) and not ((folder / name).is_file() and checksum(folder / name) == value):
+            raise ValueError(f"{folder / name} is missing or damaged{advice}")
+
+
+def load_network(folder: Path, ema: float | None = None, trust_remote_code: bool = False) -> ModelMixin:
+    """The averaged network of a checkpoint, in evaluation mode.
+
+    Args:
+        ema: decay of the average; default: the recipe's first.
+        trust_remote_code: run the network's own file, if it is not in the zoo.
+    Raises:
+        ValueError: there is no such average, it is damaged, or its code is not trusted.
+    """
+    decays = read_json(folder / "recipe.json")["ema_decay"]
+    decay = decays[0] if ema is None else ema
+    if decay not in decays:
+        raise ValueError(f"ema must be one of {', '.join(map(str, decays))} for {folder}, got {decay}")
+    verify_checkpoint(folder, f"ema/{decay}/")
+    average = folder / "ema" / str(decay)
+    name, code = read_json(average / "config.json")["_class_name"], next(average.glob("modeling_*.py"), None)
+    return network_class(name, code, trust_remote_code).from_pretrained(average).eval()
+
+
+def network_class(name: str, code: Path | None, trust_remote_code: bool) -> type[ModelMixin]:
+    """The class of a saved network: of the zoo, or from the file of its own.
+
+    Args:
+        code: the file, for a network that is not in the zoo.
+    Raises:
+        ValueError: there is no such network, or its file is not trusted.
+    """
+    if code is None:
+        if name not in NETWORKS:
+            raise ValueError(f"{name} is no network of the zoo, and has no file of its own")
+        return NETWORKS[name]
+    if not trust_remote_code:
+        advice = "read it, then give --trust-remote-code (in Python: trust_remote_code=True)"
+        raise ValueError(f"{code} is not this project's code, and would have been run: {advice}")
+    with errors_as(f"{code} cannot be run"):
+        spec = importlib.util.spec_from_file_location(code.stem, code)
+        module = sys.modules[code.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+
+
+def read_sampling(folder: Path) -> dict:
+    """How the network of a checkpoint is sampled: the fields of `Sampling`."""
+    if (folder / SAMPLING).is_file():
+        return read_json(folder / SAMPLING)
+    return sampling_of_meanflow(read_json(folder / "recipe.json")["objective"])
+
+
+def sampling_of_meanflow(objective: dict) -> dict:
+    """For checkpoints and exports of version 0.1, which have the fields of MeanFlowConfig instead."""
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in objective.items()}
+    sampling: Sampling = MeanFlow.sampling(MeanFlowConfig(**options))
+    return sampling._asdict()

@@ -1,0 +1,121 @@
+"""A run as a folder that diffusers loads, with a model card."""
+
+import json
+import shutil
+from pathlib import Path
+from string import Template
+
+import torch
+
+from meanflow.config import FREE_ON_RESUME, flatten
+from meanflow.files import read_json
+from meanflow.pictures import middle_slices, save_grid
+from meanflow.publishing.checkpoints import checkpoints, find_checkpoint, saved_step
+from meanflow.publishing.loading import INDEX, load_pipeline
+from meanflow.publishing.pipeline import MeanFlowPipeline
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    ema: float | None = None,
+    variants: tuple[str, ...] = (),
+    license: str = "other",
+    datasets: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
+) -> None:
+    """Writes the pipeline folder of a run or checkpoint, with its model card, whole or not at all.
+
+    Args:
+        variants: bf16, fp16: the weights once more in these precisions.
+        license, datasets: for the model card, in the Hub's words.
+        trust_remote_code: run the network's own file, if the network is not in the zoo.
+    Raises:
+        ValueError: source has no whole checkpoint, out holds something else, or the network's file is not trusted.
+    """
+    source, out = find_checkpoint(Path(source)), Path(out)
+    is_export = (out / INDEX).is_file() and "MeanFlowPipeline" in (out / INDEX).read_text()
+    may_replace = is_export and not (out / ".git").exists()
+    if out.exists() and not may_replace and any(out.iterdir()):
+        raise ValueError(f"{out} holds something else than an exported model: choose another folder")
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        pipe = load_pipeline(source, ema, trust_remote_code=trust_remote_code)
+        pipe.save_pretrained(temporary)
+        is_newest = ema is None and source in checkpoints(source.parent)[-1:]
+        measured = metrics_table(source.parent / "metrics.json") if is_newest else ""
+        (temporary / "README.md").write_text(model_card(source, pipe, license, datasets, measured))
+        save_picture(source, pipe, temporary / "samples.png", is_first_average=ema is None)
+        for variant in variants:
+            cast(load_pipeline(source, ema, trust_remote_code=trust_remote_code), variant).save_pretrained(
+                temporary, variant=variant
+            )
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_picture(source: Path, pipe: MeanFlowPipeline, path: Path, is_first_average: bool) -> None:
+    """The picture that the run drew at this step, if it did; else one sample of each of up to ten classes."""
+    drawn = source.parent / "samples" / f"step-{saved_step(source):08d}.png"
+    if drawn.exists() and is_first_average and pipe.sampling.solver == "meanflow":
+        shutil.copyfile(drawn, path)
+    elif not pipe.condition_names(required=True):  # which only its user could choose
+        draw_picture(pipe, path)
+
+
+def cast(pipe: MeanFlowPipeline, dtype: str | None) -> MeanFlowPipeline:
+    """The pipeline with its weights in bf16 or fp16."""
+    for part in (pipe.net, pipe.vae):
+        if part is not None and dtype is not None:
+            torch.nn.Module.to(part, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])  # diffusers' own warns
+    return pipe
+
+
+def draw_picture(pipe: MeanFlowPipeline, path: Path) -> None:
+    """One sample of each of up to ten classes, with the checkpoint's default settings."""
+    columns = min(pipe.num_classes, 10) or 8
+    y = torch.linspace(0, pipe.num_classes - 1, columns).long().tolist() if pipe.num_classes else None
+    pipe.set_progress_bar_config(disable=True)
+    x = pipe(y, columns, latents=pipe.noise(0, range(columns)), output_type="pt").images
+    save_grid(middle_slices(x) if x.ndim == 5 else 2 * x - 1, path, columns)
+
+
+def model_card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str, ...], measured: str) -> str:
+    """The model card. It names no place on this machine: the fields of the recipe that do are left out."""
+    from huggingface_hub import ModelCardData
+
+    recipe, metadata = (read_json(source / f"{name}.json") for name in ("recipe", "data"))
+    tags = ["meanflow", "one-step", "class-conditional" if pipe.id2label else "unconditional"]
+    # Only a VAE of the Hub has a revision; a folder has none.
+    vae = metadata["vae"].partition("@")[0] if metadata.get("vae_revision") else None
+    about = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "tags": tags}
+    data = ModelCardData(license=license, datasets=list(datasets) or None, base_model=vae, **about)
+    fields = flatten(recipe)
+    names = sorted({*fields} - FREE_ON_RESUME - {"init_from", "smoke"})
+    return Template(Path(__file__).with_name("card.md").read_text()).substitute(
+        {**recipe, **vars(pipe.sampling)},  # model, global_batch; solver, num_inference_steps, guidance
+        metadata=data.to_yaml(),
+        shape="x".join(map(str, pipe.shape)),
+        kind="A MeanFlow" if pipe.sampling.solver == "meanflow" else "A flow-matching",
+        parameters=f"{sum(p.numel() for p in pipe.net.parameters()):,}",
+        steps=f"{saved_step(source):,}",
+        num_classes=len(pipe.id2label),
+        call=f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4",
+        measured=measured,
+        recipe=json.dumps({name: fields[name] for name in names if fields[name] is not None}, indent=2),
+    )
+
+
+def metrics_table(path: Path) -> str:
+    """What was measured on the run, as a table: of {row: {metric: value}}."""
+    if not path.is_file():
+        return ""
+    rows = read_json(path)
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [f"| | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    for label, row in rows.items():
+        lines.append(f"| {label} | {' | '.join(f'{row[name]:.4g}' if name in row else '' for name in names)} |")
+    return "## Measured\n\n" + "\n".join(lines) + "\n\n"

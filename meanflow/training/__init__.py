@@ -1,0 +1,1 @@
+"""A run: its checks, its loop, its checkpoints and its log."""

@@ -1,0 +1,250 @@
+"""Writing checkpoints, and resuming from them. publishing/checkpoints.py says what they hold, and reads them."""
+
+import os
+import shutil
+import socket
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import ModelMixin
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from meanflow.config import FREE_ON_RESUME, TrainConfig, different, flatten, recipe_fields, with_defaults
+from meanflow.fetch import fetch
+from meanflow.files import checksum, errors_as, first_line, read_json, sync, write_json
+from meanflow.objectives.base import Objective
+from meanflow.publishing.checkpoints import CHECKSUMS, SAMPLING, checkpoints
+from meanflow.publishing.pipeline import network_file
+from meanflow.training.ema import Averages
+
+OPTIMIZER, OBJECTIVE = "optimizer.safetensors", "objective.safetensors"
+# The state of all shards, on the main process.
+WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+# What may differ between the metadata of the same data: where they lie, and the version that wrote them.
+PLACES = {"source", "vae", "vae_revision", "meanflow"}
+
+
+def check_folder(folder: Path, recipe: TrainConfig, objective: type[Objective], metadata: dict) -> None:
+    """Refuses the folder of a run or checkpoint of another recipe or of other data, naming the fields that differ."""
+    diff = []
+    if (folder / "recipe.json").exists():
+        old = with_defaults(read_json(folder / "recipe.json"))
+        diff += different(old, recipe_fields(recipe, objective.__name__), FREE_ON_RESUME)
+    if (folder / "data.json").exists():
+        fields = different(read_json(folder / "data.json"), metadata, PLACES)
+        diff += [(f"the data's {name}", there, here) for name, there, here in fields]
+    if diff:
+        words = ", ".join(f"{name} {there!s:.80} there, {here!s:.80} here" for name, there, here in diff)
+        raise ValueError(f"{folder} belongs to another recipe ({words}): choose another --out, or remove it")
+
+
+def claim_folder(recipe: TrainConfig, objective: type[Objective], metadata: dict) -> FileLock:
+    """Marks recipe.out as this recipe's, on these data, and locks it until the lock is released."""
+    check_folder(recipe.out, recipe, objective, metadata)
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(recipe.out)
+    write_json(recipe.out / "recipe.json", recipe_fields(recipe, objective.__name__))
+    write_json(recipe.out / "data.json", metadata)
+    return lock
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """Claims the folder for this process.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    lock, owner = FileLock(folder / ".lock", timeout=0), folder / ".owner"
+    try:
+        lock.acquire()
+    except Timeout:
+        name = owner.read_text().strip() if owner.exists() else "unknown"
+        raise ValueError(f"{folder} is in use by another run ({name}): choose another --out") from None
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    return lock
+
+
+def on_processes(accelerator: Accelerator, part: Callable, *args, only_main: bool = True) -> Any:
+    """Runs part(*args) on the main process, or on all, while the others wait; returns its result, None elsewhere.
+
+    Raises:
+        ValueError: on all processes, what went wrong on the first that failed.
+    """
+    result = error = None
+    try:
+        if accelerator.is_main_process or not only_main:
+            result = part(*args)
+    except Exception as exception:  # by three packages: OSError, RuntimeError, SafetensorError
+        error = first_line(exception)
+    errors = [error for error in gather_object([error]) if error is not None]
+    if errors:
+        raise ValueError(errors[0])
+    return result
+
+
+class CheckpointWriter:
+    """Saves the steps of a run. Sharded weights are gathered, so that every checkpoint is what one process writes."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: TrainConfig,
+        metadata: dict,
+        objective: Objective,
+        averages: Averages,
+        optimizer: Optimizer,
+    ):
+        self.accelerator, self.recipe, self.metadata = accelerator, recipe, metadata
+        self.objective, self.averages, self.optimizer = objective, averages, optimizer
+
+    def save(self, progress: dict) -> bool:
+        """Saves under a temporary name, renames when everything is on the disk, and prunes to recipe.keep.
+
+        Args:
+            progress: the content of step.json; its "step" names the folder.
+        Returns:
+            Whether it is saved. A failure, such as a full disk, is reported, and the older checkpoints stay.
+        """
+        folder = self.recipe.out / f"step-{progress['step']:08d}"
+        temporary = self.recipe.out / f".{folder.name}.tmp"
+        try:
+            on_processes(self.accelerator, self.begin, temporary, progress)
+            on_processes(self.accelerator, self.save_network, self.objective.net, temporary / "model", only_main=False)
+            for name, average in self.averages.items():
+                place = temporary / "ema" / name
+                on_processes(self.accelerator, self.save_network, average, place, only_main=False)
+            on_processes(self.accelerator, self.save_optimizer, temporary, only_main=False)
+            on_processes(self.accelerator, self.save_objective, temporary, only_main=False)
+            on_processes(self.accelerator, self.finish, temporary, folder)
+        except ValueError as error:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+            message = f"{folder} could not be saved, the older checkpoints stay: {error}"
+            self.accelerator.print(message, file=sys.stderr)
+            return False
+        return True
+
+    def begin(self, temporary: Path, progress: dict) -> None:
+        remove_temporary(self.recipe.out)
+        temporary.mkdir(parents=True)
+        objective = type(self.objective)
+        write_json(temporary / "recipe.json", recipe_fields(self.recipe, objective.__name__))
+        write_json(temporary / "data.json", self.metadata)
+        write_json(temporary / SAMPLING, objective.sampling(self.recipe.objective)._asdict())
+        write_json(temporary / "step.json", progress)
+
+    def save_network(self, source: Module, place: Path) -> None:
+        net = self.objective.net
+        weights = state_dict.get_model_state_dict(source, options=WHOLE)  # by all processes
+        if self.accelerator.is_main_process:
+            with torch.device("meta"):
+                whole = type(net).from_config(net.config)
+            whole.load_state_dict(weights, assign=True)
+            whole.save_pretrained(place)
+            name, code = network_file(type(net))
+            if name.startswith("modeling_custom_"):
+                shutil.copyfile(code, place / f"{name}.py")
+
+    def save_optimizer(self, temporary: Path) -> None:
+        state = state_dict.get_optimizer_state_dict(self.objective, self.optimizer, options=WHOLE)  # by all processes
+        if self.accelerator.is_main_process:
+            save_file(flatten(state.get("state", {})), temporary / OPTIMIZER)
+
+    def save_objective(self, temporary: Path) -> None:
+        values = {name: whole_tensor(value) for name, value in self.objective.own_state().items()}  # by all processes
+        if values and self.accelerator.is_main_process:
+            save_file(values, temporary / OBJECTIVE)
+
+    def finish(self, temporary: Path, folder: Path) -> None:
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        write_json(temporary / CHECKSUMS, {path.relative_to(temporary).as_posix(): checksum(path) for path in files})
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        out = self.recipe.out
+        if folder.exists():
+            folder.rename(out / f".{folder.name}.old.tmp")
+        temporary.rename(folder)
+        sync(out)
+        for old in checkpoints(out)[: -self.recipe.keep]:
+            old.rename(out / f".{old.name}.tmp")  # so that a kill during its removal leaves no half of it in sight
+        remove_temporary(out)
+
+
+def whole_tensor(value: Tensor) -> Tensor:
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().cpu().contiguous()
+
+
+def remove_temporary(out: Path) -> None:
+    for path in out.glob(".step-*.tmp"):
+        shutil.rmtree(path)
+
+
+def choose_checkpoint(recipe: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, None to begin anew.
+
+    Raises:
+        ValueError: recipe.resume cannot be followed.
+    """
+    newest = next(reversed(checkpoints(recipe.out)), None)
+    if recipe.resume == "never" and newest:
+        raise ValueError(f"resume is never, but {recipe.out} has checkpoints: choose another --out")
+    if recipe.resume in ("auto", "never"):
+        return newest
+    folder = Path(recipe.resume).expanduser()
+    if not (folder / "step.json").is_file():
+        raise ValueError(f"resume must be auto, never or the folder of a checkpoint, got {recipe.resume}")
+    return folder
+
+
+def load_modules(folder: Path, objective: Objective, averages: Averages) -> None:
+    """Restores the network, its averages and the objective's own modules, before they are sharded."""
+    for target, place in [(objective.net, "model"), *((average, f"ema/{name}") for name, average in averages.items())]:
+        target.load_state_dict(type(objective.net).from_pretrained(folder / place).state_dict())
+    if (folder / OBJECTIVE).exists():
+        objective.load_state_dict(load_file(folder / OBJECTIVE), strict=False)
+
+
+def load_optimizer(folder: Path, objective: Objective, optimizer: Optimizer) -> None:
+    """Restores the optimiser's state, after the weights were sharded, if they are."""
+    values = state_dict.get_optimizer_state_dict(objective, optimizer) | {"state": defaultdict(dict)}
+    saved = load_file(folder / OPTIMIZER)
+    # Checkpoints of version 0.1 name the weights as the network does, not as the objective does.
+    prefix = "" if any(key.startswith("net.") for key in saved) else "net."
+    for key, value in saved.items():
+        weight, name = key.rsplit(".", 1)
+        values["state"][prefix + weight][name] = value
+    whole = state_dict.StateDictOptions(full_state_dict=True)
+    state_dict.set_optimizer_state_dict(objective, optimizer, values, options=whole)
+
+
+def set_aside_later(out: Path, folder: Path) -> None:
+    """Renames the run's checkpoints that are newer than this one of them, so that it is the newest again."""
+    if folder.parent.resolve() == out.resolve():
+        for later in checkpoints(out):
+            if later.name > folder.name:
+                later.rename(later.with_name(f"{later.name}.left"))
+
+
+def init_weights(net: ModelMixin, source: str) -> None:
+    """Gives net the weights of a checkpoint (its model, not an average), an exported folder, a Hub id or ID@REVISION.
+
+    Raises:
+        ValueError: there are none, or they are of another shape.
+    """
+    folder = fetch(source)
+    folder = next((folder / name for name in ("model", "net") if (folder / name).is_dir()), folder)
+    with errors_as(f"init_from: {source} has no weights for this network"):
+        net.load_state_dict(type(net).from_pretrained(folder).state_dict())

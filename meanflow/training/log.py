@@ -1,0 +1,133 @@
+"""The run's log: log.jsonl, loss.png and the trackers."""
+
+import json
+import os
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from meanflow.config import TrainConfig, flatten
+from meanflow.files import write_whole
+from meanflow.pictures import save_curves
+
+CURVE_POINTS = 2000  # lines of a log that loss.png shows at most
+
+
+class Log:
+    """One line of the log holds the means of the metrics since the line before, and where the seconds went.
+
+    Args:
+        fields: the recipe as JSON has it, for the trackers.
+        progress: the content of a checkpoint's step.json.
+    """
+
+    def __init__(self, accelerator: Accelerator, recipe: TrainConfig, fields: dict, progress: dict):
+        self.accelerator, self.recipe, self.path = accelerator, recipe, recipe.out / "log.jsonl"
+        self.sums: dict[str, tuple[Tensor, int]] = {}
+        self.restore(progress.get("log", []))
+        self.step = progress["step"]
+        self.run_id = progress.get("run_id", secrets.token_hex(4))
+        if recipe.track:
+            goes_on = {"wandb": {"id": self.run_id, "resume": "allow"}}
+            goes_on |= {"trackio": {"name": self.run_id, "resume": "allow"}}  # tensorboard goes on by its folder
+            settings = {name: str(value) for name, value in flatten(fields).items()}
+            accelerator.init_trackers(recipe.out.name, settings, goes_on)
+        if accelerator.is_main_process and self.path.exists():  # forget what the resumed run will do again
+            kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= self.step]
+            write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.start, self.seconds = time.perf_counter(), defaultdict(float)
+
+    @contextmanager
+    def clock(self, what: str) -> Iterator[None]:
+        """Counts the seconds inside as spent on `what`: data, saving or samples."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - begin
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Notes the metrics of one micro-batch, without waiting for the device."""
+        for name, value in metrics.items():
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = (total + value, count + 1)
+
+    def state(self) -> dict:
+        """What a checkpoint keeps: the trackers' run, and the sums since the last line, of each process."""
+        sums = gather_object([{name: (total.tolist(), count) for name, (total, count) in self.sums.items()}])
+        return {"run_id": self.run_id, "log": sums}
+
+    def restore(self, state: list[dict]) -> None:
+        """Goes on with this process's sums, or with the mean of all, if there were more or fewer processes."""
+        if len(state) == self.accelerator.num_processes:
+            state = [state[self.accelerator.process_index]]
+        for name in state[0] if state else ():
+            totals = torch.tensor([sums[name][0] for sums in state], device=self.accelerator.device)
+            self.sums[name] = (totals.mean(dim=0), state[0][name][1])
+
+    def write(self, step: int, lr: float) -> dict[str, str]:
+        """Writes a line, and returns what the progress bar shows."""
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        means = {name: value.tolist() for name, value in self.accelerator.reduce(means, "mean").items()}
+        training = time.perf_counter() - self.start - self.seconds["saving"] - self.seconds["samples"]
+        rate = (step - self.step) * self.recipe.global_batch / max(training, 1e-9)
+        seconds = {f"seconds_{what}": round(self.seconds[what], 3) for what in ("data", "saving")}
+        line = {"step": step, **means, "lr": lr, "images_per_second": rate, **seconds}
+        self.sums, self.step = {}, step
+        self.restart_clock()
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log(split_channels(line), step=step)
+        shown = "raw_loss" if "raw_loss" in means else "loss"
+        return {shown.replace("_", " "): f"{means[shown]:.4g}", "images/s": f"{rate:.0f}"}
+
+    def draw_curves(self) -> None:
+        """Draws loss.png; on the main process."""
+        if self.path.exists():
+            save_curves(read_log(self.path, CURVE_POINTS), self.recipe.out / "loss.png")
+
+
+def split_channels(line: dict) -> dict:
+    """The line with every list as numbers, raw_loss_channels/0 and so on, as trackers take them."""
+    numbers = {}
+    for name, value in line.items():
+        parts = (
+            {f"{name}/{channel}": v for channel, v in enumerate(value)} if isinstance(value, list) else {name: value}
+        )
+        numbers |= parts
+    return numbers
+
+
+def read_log(path: Path, max_lines: int | None = None) -> list[dict]:
+    """The lines of a log.jsonl; a last line that a crash cut short is left out.
+
+    Args:
+        max_lines: of a longer file, read only about this many lines, evenly spread over the file, and the last one.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        length = len(file.readline())  # of a line
+        is_longer = max_lines is not None and size > max_lines * length
+        if not is_longer:
+            file.seek(0)
+            lines = file.readlines()
+        else:
+            lines = []
+            for number in range(max_lines):
+                file.seek(size * number // max_lines)
+                file.readline()  # the rest of the line in whose middle this may be
+                lines.append(file.readline())
+            file.seek(max(0, size - 10 * length))
+            lines += file.readlines()[1:]
+    return [json.loads(line) for line in dict.fromkeys(lines) if line.endswith(b"\n")]

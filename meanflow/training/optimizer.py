@@ -1,0 +1,76 @@
+"""The optimiser and the schedule of its rates."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from meanflow.config import TrainConfig
+from meanflow.objectives.base import Objective
+
+MakeOptimizer = Callable[[list[dict], TrainConfig], Optimizer]  # from groups of parameters, each with its rate
+
+
+def make_optimizer(objective: Objective, recipe: TrainConfig, make: MakeOptimizer | None = None) -> Optimizer:
+    """The optimiser of everything in the objective that is trained.
+
+    Args:
+        make: makes one of your own; default: Adam, and AdamW where the recipe has a weight_decay.
+    Raises:
+        ValueError: it cannot skip a step whose gradient is not finite.
+    """
+    groups = objective.parameter_groups(recipe.lr)
+    optimizer = (make or adam)(split_by_decay(objective, groups, recipe.weight_decay), recipe)
+    # Optimisers that can read `found_inf`, and then skip the step on the device, say so by this attribute of torch's.
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        name = type(optimizer).__name__
+        raise ValueError(f"optimizer {name} cannot skip a step whose gradient is not finite: give it fused=True")
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def adam(groups: list[dict], recipe: TrainConfig) -> Optimizer:
+    kind = torch.optim.AdamW if recipe.weight_decay else torch.optim.Adam
+    return kind(groups, recipe.lr, recipe.betas, fused=True)
+
+
+def split_by_decay(objective: Objective, groups: list[dict], weight_decay: float) -> list[dict]:
+    """Each group once with the weight decay, and once without for its norms, biases and embeddings."""
+    if weight_decay == 0:
+        return groups
+    decayed = {id(p) for p in decayed_parameters(objective)}
+    split = []
+    for group in groups:
+        for decay, is_decayed in ((weight_decay, True), (0.0, False)):
+            chosen = [p for p in group["params"] if (id(p) in decayed) == is_decayed]
+            if chosen:
+                split.append({"weight_decay": decay, **group, "params": chosen})
+    return split
+
+
+def decayed_parameters(objective: nn.Module) -> list[nn.Parameter]:
+    """The parameters with two axes or more, so neither norms nor biases, that are no embedding."""
+    embeddings = {id(p) for m in objective.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return [p for p in objective.parameters() if p.ndim > 1 and id(p) not in embeddings]
+
+
+def set_rates(optimizer: Optimizer, recipe: TrainConfig, step: int, total: int) -> None:
+    """Gives every group the rate of optimiser step `step`: its own rate, scaled by the schedule."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(recipe, step, total, group["initial_lr"])
+
+
+def learning_rate(recipe: TrainConfig, step: int, total: int, lr: float | None = None) -> float:
+    """The rate of optimiser step `step`, counted from 0: a linear warm-up to lr, then the schedule, which ends at 0.
+
+    lr: of a group of parameters; default: the recipe's.
+    """
+    lr = recipe.lr if lr is None else lr
+    if step < recipe.warmup_steps:
+        return lr * (step + 1) / (recipe.warmup_steps + 1)
+    done = (step - recipe.warmup_steps) / max(1, total - recipe.warmup_steps)
+    schedules = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}
+    return lr * schedules[recipe.schedule]

@@ -1,0 +1,295 @@
+"""The training loop, on Accelerate: the same code for a laptop and a cluster."""
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, fsdp2_prepare_model, send_to_device, set_seed
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from meanflow.config import TrainConfig, recipe_fields
+from meanflow.data.base import Data
+from meanflow.data.latents import Latents, verify_shards
+from meanflow.data.loader import make_loader
+from meanflow.data.sources import load_data
+from meanflow.files import first_line, read_json
+from meanflow.noise import stream_seed
+from meanflow.objectives.base import Batch, Objective
+from meanflow.objectives.jvp import support_fsdp2
+from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
+from meanflow.publishing.export import export
+from meanflow.publishing.hub import Pusher
+from meanflow.training.checkpoint import (
+    CheckpointWriter,
+    claim_folder,
+    init_weights,
+    load_modules,
+    load_optimizer,
+    on_processes,
+    set_aside_later,
+)
+from meanflow.training.ema import Averages
+from meanflow.training.guard import Guard, Stop
+from meanflow.training.log import Log
+from meanflow.training.optimizer import MakeOptimizer, make_optimizer, set_rates
+from meanflow.training.preflight import NetClass, make_net, objective_class, preflight
+from meanflow.training.samples import draw_samples
+from meanflow.training.screen import show
+
+
+class Trainer:
+    """Trains a recipe into recipe.out, from its newest checkpoint if it has one.
+
+    Args:
+        objective, net, data, optimizer: the user's own, as for `meanflow.run`.
+    Raises:
+        ValueError: a choice that cannot work, before a checkpoint or log is touched.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainConfig,
+        objective: type[Objective] | None = None,
+        net: NetClass | None = None,
+        data: Callable[[TrainConfig], Data] | None = None,
+        optimizer: MakeOptimizer | None = None,
+    ):
+        self.recipe, objective = recipe, objective_class(recipe, objective)
+        self.accelerator = make_accelerator(recipe)
+        set_seed(recipe.seed)
+        self.data = (data or load_data)(recipe)
+        plan = preflight(recipe, self.data, self.accelerator.num_processes, objective, net)
+        if self.accelerator.is_local_main_process:
+            show(plan)
+        self.total, self.start = plan.total, plan.start
+        on_processes(self.accelerator, self.verify_latents, only_main=False)
+        self.net = make_net(recipe, self.data, net)
+        if recipe.init_from and self.start is None:
+            init_weights(self.net, recipe.init_from)
+        if recipe.activation_checkpointing:
+            self.net.enable_gradient_checkpointing()
+        self.bare = objective(self.net, recipe.objective)  # what is saved and sampled; self.objective may wrap it
+        self.bare.prepare(self.data)
+        self.bare.to(self.accelerator.device)
+        self.averages = Averages(self.net, {str(decay): decay for decay in recipe.ema_decay})
+        if self.start is not None:
+            on_processes(self.accelerator, verify_checkpoint, self.start)
+            load_modules(self.start, self.bare, self.averages)
+        self.optimizer = make_optimizer(self.bare, recipe, optimizer)
+        self.objective, self.optimizer = self.accelerator.prepare(self.bare, self.optimizer)
+        if self.accelerator.is_fsdp2:
+            for _, average in self.averages.items():
+                fsdp2_prepare_model(self.accelerator, average)
+        self.trained = [p for p in self.bare.parameters() if p.requires_grad]
+        self.lock = on_processes(self.accelerator, claim_folder, recipe, objective, self.data.metadata)
+        self.pusher = Pusher(recipe) if recipe.push_to_hub and self.accelerator.is_main_process else None
+
+    def verify_latents(self) -> None:
+        """Reads the cache's shards once, a share on each process of a machine, so that no damage stops a run later."""
+        if isinstance(self.data, Latents) and self.recipe.verify:
+            share = slice(self.accelerator.local_process_index, None, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            quiet = not self.accelerator.is_main_process
+            verify_shards(self.data.folder, self.data.shards[share], quiet)
+
+    def train(self) -> None:
+        """Trains to the last step.
+
+        Raises:
+            SystemExit: with a code of training/guard.py, when something ends the run before; all processes leave
+                together.
+        """
+        recipe, accelerator, optimizer = self.recipe, self.accelerator, self.optimizer.optimizer
+        progress = self.restore()
+        self.step = first_step = progress["step"]
+        self.log = Log(accelerator, recipe, recipe_fields(recipe, type(self.bare).__name__), progress)
+        self.writer = CheckpointWriter(accelerator, recipe, self.data.metadata, self.bare, self.averages, optimizer)
+        if self.step:
+            accelerator.print(f"{recipe.out}: resumes after step {self.step} of {self.total}")
+        bar = {"initial": self.step, "unit": "step", "mininterval": 1}
+        self.bar = tqdm(total=self.total, disable=not accelerator.is_main_process, **bar)
+        ranks = accelerator.process_index, accelerator.num_processes
+        loader = make_loader(recipe, type(self.bare), self.data, self.step, self.total, *ranks)
+        self.objective.train()
+        self.raw_loss, self.saved, stop = 0.0, True, None
+        with Guard(accelerator, recipe, progress) as self.guard:
+            for micro_step, batch in enumerate(self.timed(loader), start=self.step * recipe.accumulation_steps):
+                self.train_step(batch, micro_step)
+                if accelerator.sync_gradients:
+                    stop = self.after_step()
+                if stop:
+                    break
+            self.bar.close()
+            if accelerator.is_main_process:
+                fault = "the run was stopped" if stop else None if self.saved else "the last step is not saved"
+                self.publish(fault, self.step > first_step)
+        self.leave(stop)
+
+    def timed(self, loader: DataLoader) -> Iterator[Batch]:
+        """The loader's batches; the log counts the seconds that the loop waits for them."""
+        batches = iter(loader)
+        while True:
+            with self.log.clock("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def train_step(self, batch: Batch, micro_step: int) -> None:
+        """One micro-batch: to the device, through the objective, backward; the last of a step moves the weights."""
+        recipe, accelerator = self.recipe, self.accelerator
+        # For the network's own randomness, such as dropout, so that no generator's state need be saved.
+        place = micro_step * accelerator.num_processes + accelerator.process_index
+        torch.manual_seed(stream_seed(recipe.seed, place, "network"))
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
+        if self.data.encode is not None:
+            batch = batch._replace(x=self.data.encode(*batch.x))
+        with accelerator.accumulate(self.objective):
+            with accelerator.autocast():
+                out = self.objective(batch, self.step)
+            accelerator.backward(out.loss)
+            if accelerator.sync_gradients:
+                self.clip()
+            set_rates(self.optimizer, recipe, self.step, self.total)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        loss = out.loss.detach()
+        self.log.add({"loss": loss, **out.metrics})
+        self.raw_loss += out.metrics.get("raw_loss_channels", loss.view(1)) / recipe.accumulation_steps
+
+    def clip(self) -> None:
+        """Clips the gradient; if it is not finite, the optimiser's fused kernel will skip the step without waiting."""
+        max_norm = self.recipe.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.trained, max_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.skipped = ~norm.isfinite()
+        self.optimizer.optimizer.found_inf = self.skipped.float()
+        self.log.add({"grad_norm": norm, "clipped": (norm > max_norm).float()})
+
+    def after_step(self) -> Stop | None:
+        """What follows an optimiser step: averages, guard, log, checkpoint, samples. Returns what ends the run."""
+        recipe, log, guard = self.recipe, self.log, self.guard
+        self.step += 1
+        is_last = self.step == self.total
+        self.averages.update(self.net)
+        self.bar.update()
+        stop = guard.decide()  # by the step before
+        guard.observe(self.raw_loss, self.skipped)
+        self.raw_loss = 0.0
+        if self.step % recipe.log_every == 0 or is_last:
+            self.bar.set_postfix(log.write(self.step, lr=self.optimizer.param_groups[0]["lr"]))
+        is_push = recipe.push_every is not None and self.step % recipe.push_every == 0 and not is_last
+        if self.step % recipe.checkpoint_every == 0 or is_push or is_last or (stop and stop.save):
+            stop = stop or guard.decide()  # by this step, too: it must be worth saving
+            if not stop or stop.save:
+                with log.clock("saving"):
+                    self.saved = self.writer.save({"step": self.step, **guard.state, **log.state()})
+                if is_push and self.saved and self.pusher:
+                    self.pusher.start(checkpoints(recipe.out)[-1])
+        if self.step % recipe.sample_every == 0 or is_last:
+            with log.clock("samples"):
+                self.draw_samples()
+        return stop
+
+    def draw_samples(self) -> None:
+        recipe, accelerator = self.recipe, self.accelerator
+        net, sampling = self.averages[str(recipe.ema_decay[0])], type(self.bare).sampling(recipe.objective)
+        draw_samples(recipe, self.data, net, sampling, accelerator, self.step)
+        if accelerator.is_main_process:
+            self.log.draw_curves()
+
+    def publish(self, fault: str | None, trained: bool) -> None:
+        """Exports a finished run into pipeline/ and pushes it; a failure of either does not touch the run.
+
+        Args:
+            fault: why there is nothing to publish, None if there is.
+            trained: whether this start of the run made any step.
+        """
+        folder = self.recipe.out / "pipeline"
+        try:
+            if fault is None and not self.recipe.smoke and (trained or not folder.exists()):
+                export(self.recipe.out, folder, trust_remote_code=True)  # the code is this run's own
+        except Exception as error:  # of many kinds, by four packages
+            fault = f"it cannot be exported: {first_line(error)}"
+            print(f"{self.recipe.out}: {fault}", file=sys.stderr)
+        if self.pusher:
+            source = folder if fault is None and folder.exists() else None
+            reason = fault or "there is no pipeline/"
+            print(self.pusher.finish(source, reason, lambda: bool(self.guard.signal)), file=sys.stderr)
+
+    def restore(self) -> dict:
+        """Restores what the constructor did not, and returns the checkpoint's step.json; step 0 if there is none."""
+        if self.start is None:
+            return {"step": 0}
+        if self.accelerator.is_main_process:
+            set_aside_later(self.recipe.out, self.start)
+        load_optimizer(self.start, self.bare, self.optimizer.optimizer)
+        return read_json(self.start / "step.json")
+
+    def leave(self, stop: Stop | None) -> None:
+        accelerator, out = self.accelerator, self.recipe.out
+        if stop:
+            is_saved = stop.save and self.saved
+            where = f"saved after step {self.step}" if is_saved else f"at step {self.step}, not saved"
+            accelerator.print(f"{out}: {stop.reason}: {where}", file=sys.stderr)
+        else:
+            pipeline = " and pipeline/" if (out / "pipeline").exists() else ""
+            accelerator.print(f"{out}: checkpoints, log.jsonl, loss.png, samples/{pipeline}")
+        accelerator.end_training()
+        if self.lock:
+            self.lock.release()
+        if stop:
+            sys.exit(stop.code)
+        if not self.saved:
+            sys.exit(f"error: {out}: the last step could not be saved: make room, and give the same command again")
+
+
+def make_accelerator(recipe: TrainConfig) -> Accelerator:
+    """The Accelerator of this launch.
+
+    Raises:
+        ValueError: the launch is not what it looks like, or FSDP is set up in a way that cannot work.
+    """
+    check_launch()
+    on_cpu = not torch.accelerator.is_available()
+    places = {"log_with": list(recipe.track) or None, "project_dir": recipe.out}
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=recipe.mixed_precision,
+        gradient_accumulation_steps=recipe.accumulation_steps,
+        **places,
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched that do not know of each other")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        prepare_sharding(accelerator)
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError("FSDP was asked for, but Accelerate shards only on several GPUs: use another config")
+    return accelerator
+
+
+def check_launch() -> None:
+    """Refuses the launches of accelerate that start one process where several were asked for."""
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        advice = "add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml or torchrun"
+        raise ValueError(f"accelerate launch was asked for several processes and started one: {advice}")
+
+
+def prepare_sharding(accelerator: Accelerator) -> None:
+    """For FSDP2. Accelerate would cast every input to bfloat16, including the times t and r, which need float32.
+
+    Autocast does the casting instead.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+        wanted = "fsdp_version 2, with fsdp_cpu_ram_efficient_loading false"
+        raise ValueError(f"FSDP must be of {wanted}: see accelerate_configs/fsdp2.yaml")
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    warnings.filterwarnings("ignore", ".*returned a view tensor")  # a tensor with its tangent is one
+    support_fsdp2()
