@@ -42,17 +42,16 @@ def run(
         os.environ["HF_HUB_OFFLINE"] = "1"  # a test of this machine, not of the network
     if net is not None:
         recipe = replace(recipe, model=net.__name__)
+    from meanflow.training.preflight import Parts
+
     try:
         if recipe.dry_run:
-            from meanflow.data.sources import load_data
-            from meanflow.training.preflight import preflight
             from meanflow.training.screen import dry_run
 
-            num_processes = int(os.environ.get("WORLD_SIZE", 1))
-            return dry_run(preflight(recipe, (data or load_data)(recipe), num_processes, objective, net))
+            return dry_run(recipe, Parts(objective, net, data, optimizer))
         from meanflow.training.trainer import Trainer
 
-        trainer = Trainer(recipe, objective, net, data, optimizer)
+        trainer = Trainer(recipe, Parts(objective, net, data, optimizer))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     from meanflow.data.base import UnreadableSample

@@ -28,16 +28,24 @@ def middle_slices(x: Tensor) -> Tensor:
 
 
 def save_curves(log: list[dict], path: Path) -> None:
-    """Draws the raw losses of log.jsonl over the steps, logarithmically."""
+    """Draws the raw losses of log.jsonl over the steps, logarithmically; the loss, if there are no raw losses."""
+    from matplotlib import ticker
     from matplotlib.figure import Figure
 
+    curves, unit = {"raw_loss": "all", "raw_loss_flow": "r = t", "raw_loss_meanflow": "r ≠ t"}, "raw loss"
+    if not any("raw_loss" in line for line in log):
+        curves, unit = {"loss": "all"}, "loss"
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name, label in (("raw_loss", "all"), ("raw_loss_flow", "r = t"), ("raw_loss_meanflow", "r ≠ t")):
+    for name, label in curves.items():
         points = [(line["step"], line[name]) for line in log if name in line]
-        if points:
-            axes.plot(*zip(*points), label=label, linewidth=2 if label == "all" else 1)
-    axes.set(xlabel="step", ylabel="raw loss (squared error summed over a sample)", yscale="log")
+        axes.plot(*zip(*points), label=label, linewidth=2 if label == "all" else 1)
+    axes.set(xlabel="step", ylabel=unit, yscale="log")
+    # Numbers such as 200k and 0.05, also where the curve stays within one power of ten.
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.legend()
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, backend="agg")

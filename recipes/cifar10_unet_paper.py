@@ -21,12 +21,7 @@ RECIPE = TrainConfig(
     model="UNet-cifar",
     net={"model_channels": 128, "channel_mult": (2, 2, 2), "num_blocks": 4, "dropout": 0.2, "augment_dim": 6},
     objective=MeanFlowConfig(
-        meanflow_ratio=0.75,
-        time_sampler="v0",
-        P_mean=-2.0,
-        P_std=2.0,
-        norm_p=0.75,
-        norm_eps=1e-3,
+        meanflow_ratio=0.75, time_sampler="v0", P_mean=-2.0, P_std=2.0, norm_p=0.75, norm_eps=1e-3
     ),
     epochs=16000.0,
     global_batch=1024,

@@ -48,10 +48,7 @@ DIGITS += ["--objective.class-dropout-prob", "0.1", "--schedule", "constant", "-
 
 @pytest.mark.parametrize(
     "launch, processes, recipe",
-    [
-        (MULTI_GPU, 2, ["recipes/imagenet_ditxl.py", "--smoke"]),
-        (TORCHRUN, 2, ["recipes/imagenet_ditxl.py", "--smoke"]),
-    ],
+    [(MULTI_GPU, 2, ["recipes/imagenet_ditxl.py", "--smoke"]), (TORCHRUN, 2, ["recipes/imagenet_ditxl.py", "--smoke"])],
     ids=["accelerate 2 smoke", "torchrun 2 smoke"],
 )
 def test_launched_processes_share_one_run(launch, processes, recipe, tmp_path):

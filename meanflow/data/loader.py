@@ -20,7 +20,7 @@ from meanflow.objectives.base import Batch, Objective
 
 
 class SlotBatches(Sampler):
-    """The micro-batches of one process from step `start` to `stop` - 1: lists of (sample index, slot).
+    """The micro-batches of one process, in these steps: lists of (sample index, slot).
 
     Slot s holds sample s % N of the permutation of epoch s // N, so an epoch has each sample once. The objective says
     in which order the slots of a micro-batch come.
@@ -30,20 +30,13 @@ class SlotBatches(Sampler):
     """
 
     def __init__(
-        self,
-        recipe: TrainConfig,
-        objective: type[Objective],
-        num_samples: int,
-        start: int,
-        stop: int,
-        process: int,
-        num_processes: int,
+        self, recipe: TrainConfig, objective: type[Objective], num_samples: int, steps: range, rank=0, world_size=1
     ):
         self.recipe, self.objective, self.num_samples = recipe, objective, num_samples
-        self.steps, self.process, self.num_processes = range(start, stop), process, num_processes
-        self.micro_batch, rest = divmod(recipe.global_batch, num_processes * recipe.accumulation_steps)
+        self.steps, self.rank, self.world_size = steps, rank, world_size
+        self.micro_batch, rest = divmod(recipe.global_batch, world_size * recipe.accumulation_steps)
         if rest:
-            parts = f"processes x accumulation_steps ({num_processes} x {recipe.accumulation_steps})"
+            parts = f"processes x accumulation_steps ({world_size} x {recipe.accumulation_steps})"
             raise ValueError(f"global_batch must be a multiple of {parts}, got {recipe.global_batch}")
         objective.order_slots(recipe.objective, range(self.micro_batch), recipe.global_batch)  # it may refuse them
 
@@ -54,7 +47,7 @@ class SlotBatches(Sampler):
         G, epoch = self.recipe.global_batch, None
         for step in self.steps:
             for micro_step in range(self.recipe.accumulation_steps):
-                first = step * G + (micro_step * self.num_processes + self.process) * self.micro_batch
+                first = step * G + (micro_step * self.world_size + self.rank) * self.micro_batch
                 slots = range(first, first + self.micro_batch)
                 batch = []
                 for slot in self.objective.order_slots(self.recipe.objective, slots, G):
@@ -87,20 +80,14 @@ class SlotData(Dataset):
 
 
 def make_loader(
-    recipe: TrainConfig,
-    objective: type[Objective],
-    data: Data,
-    start: int,
-    stop: int,
-    process: int = 0,
-    num_processes: int = 1,
+    recipe: TrainConfig, objective: type[Objective], data: Data, steps: range, rank: int = 0, world_size: int = 1
 ) -> DataLoader:
-    """The micro-batches of one process for steps start to stop - 1, as Batch on the CPU.
+    """The micro-batches of one process in these steps, as Batch on the CPU.
 
     Raises:
         ValueError: the global batch does not divide, or the objective refuses such micro-batches.
     """
-    batches = SlotBatches(recipe, objective, len(data), start, stop, process, num_processes)
+    batches = SlotBatches(recipe, objective, len(data), steps, rank, world_size)
     fork = "fork" if recipe.workers and sys.platform == "linux" else None  # which copies no data
     options = {"num_workers": recipe.workers, "multiprocessing_context": fork, "pin_memory": torch.cuda.is_available()}
     slots = SlotData(recipe, objective, data)

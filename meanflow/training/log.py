@@ -1,7 +1,6 @@
 """The run's log: log.jsonl, loss.png and the trackers."""
 
 import json
-import os
 import secrets
 import time
 from collections import defaultdict
@@ -112,22 +111,11 @@ def read_log(path: Path, max_lines: int | None = None) -> list[dict]:
     """The lines of a log.jsonl; a last line that a crash cut short is left out.
 
     Args:
-        max_lines: of a longer file, read only about this many lines, evenly spread over the file, and the last one.
+        max_lines: of a longer file, read only about this many lines, evenly spread.
     """
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
+    with path.open() as file:
+        length = len(file.readline())
         file.seek(0)
-        length = len(file.readline())  # of a line
-        is_longer = max_lines is not None and size > max_lines * length
-        if not is_longer:
-            file.seek(0)
-            lines = file.readlines()
-        else:
-            lines = []
-            for number in range(max_lines):
-                file.seek(size * number // max_lines)
-                file.readline()  # the rest of the line in whose middle this may be
-                lines.append(file.readline())
-            file.seek(max(0, size - 10 * length))
-            lines += file.readlines()[1:]
-    return [json.loads(line) for line in dict.fromkeys(lines) if line.endswith(b"\n")]
+        every = 1 if max_lines is None or not length else max(1, path.stat().st_size // (length * max_lines))
+        lines = [line for number, line in enumerate(file) if number % every == 0]
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -2,11 +2,12 @@
 
 import inspect
 import math
-import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import ModelMixin
@@ -19,13 +20,21 @@ from meanflow.objectives import OBJECTIVES
 from meanflow.objectives.base import Objective
 from meanflow.publishing.checkpoints import checkpoints
 from meanflow.training.checkpoint import check_folder, choose_checkpoint
+from meanflow.training.optimizer import MakeOptimizer
 from models import MODELS
 
 # The networks of smoke tests.
 SMALL = {"DiT": {"depth": 2, "hidden_size": 64, "num_heads": 4}, "UNet-cifar": {"model_channels": 16, "num_blocks": 1}}
 SMALL |= {"UNet": {"block_out_channels": (16, 32), "attention": (False, True), "layers_per_block": 1}}
 
-NetClass = type[ModelMixin]
+
+class Parts(NamedTuple):
+    """What a run has of the user's own, as for `meanflow.run`; None: what the recipe names."""
+
+    objective: type[Objective] | None = None
+    net: type[ModelMixin] | None = None
+    data: Callable[[TrainConfig], Data] | None = None
+    optimizer: MakeOptimizer | None = None
 
 
 @dataclass(frozen=True)
@@ -34,18 +43,13 @@ class Plan:
 
     recipe: TrainConfig
     data: Data
-    num_parameters: int
+    objective: type[Objective]
+    net: ModelMixin  # on the meta device
     num_processes: int
     micro_batch: int  # images of each process and accumulation step
     total: int  # optimiser steps
-    objective: dict[str, str]  # lines about the objective, by name
-    memory: dict[str, int]  # of a process, without activations
-    num_shards: int
-    checkpoint_size: int
-    checkpoints_at_once: int
     free_disk: int
     start: Path | None  # the checkpoint to go on from
-    warnings: list[str]
 
 
 def objective_class(recipe: TrainConfig, own: type[Objective] | None = None) -> type[Objective]:
@@ -56,13 +60,11 @@ def objective_class(recipe: TrainConfig, own: type[Objective] | None = None) -> 
     """
     options = type(recipe.objective)
     if own is None and options not in OBJECTIVES:
-        raise ValueError(
-            f"objective: no objective goes with {options.__name__}: give yours to run(RECIPE, objective=...)"
-        )
+        raise ValueError(f"objective: none goes with {options.__name__}: give yours to run(RECIPE, objective=...)")
     return own or OBJECTIVES[options]
 
 
-def make_net(recipe: TrainConfig, data: Data, own: NetClass | None = None) -> ModelMixin:
+def make_net(recipe: TrainConfig, data: Data, own: type[ModelMixin] | None = None) -> ModelMixin:
     """The recipe's network, for the data's shape and classes; or the user's own, made by the same call.
 
     Raises:
@@ -111,21 +113,18 @@ def checkpoint_bytes(recipe: TrainConfig, net: nn.Module) -> int:
     return sum(parts.values()) - parts["gradients"]
 
 
-def preflight(
-    recipe: TrainConfig,
-    data: Data,
-    num_processes: int = 1,
-    objective: type[Objective] | None = None,
-    net: NetClass | None = None,
-) -> Plan:
+def checkpoints_at_once(recipe: TrainConfig, total: int) -> int:
+    """How many checkpoints the disk has to hold: one is written while the others stay."""
+    return min(recipe.keep + 1, math.ceil(total / recipe.checkpoint_every))
+
+
+def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own: Parts = Parts()) -> Plan:
     """What the run will be.
 
-    Args:
-        objective, net: the user's own, if they are not those that the recipe names.
     Raises:
         ValueError: a choice that cannot work; the message names it.
     """
-    objective = objective_class(recipe, objective)
+    objective = objective_class(recipe, own.objective)
     for name in recipe.track:
         if find_spec(name) is None:
             raise ValueError(f"track: {name} is not installed: pip install 'meanflow[track]'")
@@ -134,37 +133,19 @@ def preflight(
     if start is not None:
         check_folder(start, recipe, objective, data.metadata)
     with torch.device("meta"):
-        network = make_net(recipe, data, net)
+        net = make_net(recipe, data, own.net)
     total = total_steps(recipe, data)
-    micro_batch = SlotBatches(recipe, objective, len(data), 0, total, 0, num_processes).micro_batch
-    objective.check(recipe.objective, network, data.shape, data.num_classes)
-    size = checkpoint_bytes(recipe, network)
-    at_once = min(recipe.keep + 1, math.ceil(total / recipe.checkpoint_every))  # one is written while the others stay
-    free = check_disk(recipe, total, size, at_once)
-    shards = num_processes if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
-    return Plan(
-        recipe=recipe,
-        data=data,
-        num_parameters=num_parameters(network),
-        num_processes=num_processes,
-        micro_batch=micro_batch,
-        total=total,
-        objective=objective.describe(recipe.objective, recipe.global_batch),
-        memory=memory(recipe, network, shards),
-        num_shards=shards,
-        checkpoint_size=size,
-        checkpoints_at_once=at_once,
-        free_disk=free,
-        start=start,
-        warnings=[] if recipe.smoke else find_warnings(recipe, total, objective),
-    )
+    batches = SlotBatches(recipe, objective, len(data), range(total), 0, num_processes)
+    objective.check(recipe.objective, net, data.shape, data.num_classes)
+    free_disk = check_disk(recipe, total, checkpoint_bytes(recipe, net))
+    return Plan(recipe, data, objective, net, num_processes, batches.micro_batch, total, free_disk, start)
 
 
-def check_disk(recipe: TrainConfig, total: int, size: int, at_once: int) -> int:
-    """The bytes that are free for checkpoints of this size, of which so many are there at once."""
+def check_disk(recipe: TrainConfig, total: int, size: int) -> int:
+    """The bytes that are free for the run's checkpoints, each of this size."""
     done = [int(path.name[5:]) for path in checkpoints(recipe.out)]
     there = next(path for path in (recipe.out, *recipe.out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free, at_once = shutil.disk_usage(there).free, checkpoints_at_once(recipe, total)
     needed = max(1, at_once - len(done)) * size
     if needed > free and max(done, default=0) < total:
         lack = f"{gib(free)} free, and {at_once} checkpoints of {gib(size)} need {gib(needed)} more"
@@ -173,8 +154,10 @@ def check_disk(recipe: TrainConfig, total: int, size: int, at_once: int) -> int:
 
 
 def find_warnings(recipe: TrainConfig, total: int, objective: type[Objective]) -> list[str]:
-    """What past runs died of unseen, with figures."""
+    """What past runs died of unseen, with figures; nothing about a smoke test."""
     found = []
+    if recipe.smoke:
+        return found
     if recipe.warmup_steps > total / 10:
         share = f"{recipe.warmup_steps / total:.0%} of the run's {total:,} steps"
         found.append(f"the warm-up of {recipe.warmup_steps:,} steps is {share}: lower --warmup-steps or train longer")

@@ -5,29 +5,41 @@ import sys
 
 from meanflow.config import TrainConfig
 from meanflow.data.base import Data
+from meanflow.data.sources import load_data
 from meanflow.publishing.checkpoints import saved_step
-from meanflow.training.preflight import Plan, gib
+from meanflow.training.preflight import (
+    Parts,
+    Plan,
+    checkpoint_bytes,
+    checkpoints_at_once,
+    find_warnings,
+    gib,
+    memory,
+    num_parameters,
+    preflight,
+)
 
 
 def render(plan: Plan) -> str:
     """The plan in lines of the form `name value`."""
-    recipe, samples = plan.recipe, len(plan.data)
-    begins = f"the weights of {recipe.init_from}" if recipe.init_from else "fresh weights"
+    recipe, G = plan.recipe, plan.recipe.global_batch
+    shards = plan.num_processes if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
+    parts = memory(recipe, plan.net, shards)
+    held = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+    held += "; activations come on top" + (" and the weights of two blocks" if shards > 1 else "")
     division = f"{plan.micro_batch} x {plan.num_processes} processes x {recipe.accumulation_steps} accumulation steps"
-    held = ", ".join(f"{name} {gib(size)}" for name, size in plan.memory.items())
-    held += "; activations come on top" + (" and the weights of two blocks" if plan.num_shards > 1 else "")
-    at_once = f"at most {plan.checkpoints_at_once} at once"
+    size, at_once = gib(checkpoint_bytes(recipe, plan.net)), checkpoints_at_once(recipe, plan.total)
+    begins = f"the weights of {recipe.init_from}" if recipe.init_from else "fresh weights"
+    resumes = f"after step {saved_step(plan.start):,}, from {plan.start}" if plan.start else f"nothing: from {begins}"
     lines = {
-        "network": f"{recipe.model}{', made small' if recipe.smoke else ''}: {plan.num_parameters:,} parameters",
+        "network": f"{recipe.model}{', made small' if recipe.smoke else ''}: {num_parameters(plan.net):,} parameters",
         "data": describe_data(recipe, plan.data),
-        "batch": f"{recipe.global_batch} = {division}",
-        "length": f"{plan.total:,} steps = {plan.total * recipe.global_batch / samples:,.6g} epochs",
-        **plan.objective,
-        "memory": f"{gib(sum(plan.memory.values()))} a process: {held}",
-        "disk": f"a checkpoint {gib(plan.checkpoint_size)}, {at_once}; {gib(plan.free_disk)} free in {recipe.out}",
-        "resumes": f"after step {saved_step(plan.start):,}, from {plan.start}"
-        if plan.start
-        else f"nothing: from {begins}",
+        "batch": f"{G} = {division}",
+        "length": f"{plan.total:,} steps = {plan.total * G / len(plan.data):,.6g} epochs",
+        **plan.objective.describe(recipe.objective, G),
+        "memory": f"{gib(sum(parts.values()))} a process: {held}",
+        "disk": f"a checkpoint {size}, at most {at_once} at once; {gib(plan.free_disk)} free in {recipe.out}",
+        "resumes": resumes,
     }
     return "\n".join(f"  {name:10}{value}" for name, value in lines.items())
 
@@ -48,12 +60,14 @@ def describe_data(recipe: TrainConfig, data: Data) -> str:
 def show(plan: Plan) -> None:
     """Prints the screen, and the warnings below it; on one process."""
     print(render(plan))
-    for warning in plan.warnings:
+    for warning in find_warnings(plan.recipe, plan.total, plan.objective):
         print(f"  warning   {warning}", file=sys.stderr)
 
 
-def dry_run(plan: Plan) -> None:
-    """Shows the plan of a run under this launch, without a device."""
+def dry_run(recipe: TrainConfig, own: Parts) -> None:
+    """Shows what a run under this launch would be, without a device."""
+    data = (own.data or load_data)(recipe)
+    plan = preflight(recipe, data, int(os.environ.get("WORLD_SIZE", 1)), own)
     if int(os.environ.get("RANK", 0)) == 0:
         show(plan)
         print("dry run: nothing was trained or written", file=sys.stderr)

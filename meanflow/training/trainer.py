@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -15,13 +15,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from meanflow.config import TrainConfig, recipe_fields
-from meanflow.data.base import Data
 from meanflow.data.latents import Latents, verify_shards
 from meanflow.data.loader import make_loader
 from meanflow.data.sources import load_data
 from meanflow.files import first_line, read_json
 from meanflow.noise import stream_seed
-from meanflow.objectives.base import Batch, Objective
+from meanflow.objectives.base import Batch
 from meanflow.objectives.jvp import support_fsdp2
 from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
 from meanflow.publishing.export import export
@@ -38,8 +37,8 @@ from meanflow.training.checkpoint import (
 from meanflow.training.ema import Averages
 from meanflow.training.guard import Guard, Stop
 from meanflow.training.log import Log
-from meanflow.training.optimizer import MakeOptimizer, make_optimizer, set_rates
-from meanflow.training.preflight import NetClass, make_net, objective_class, preflight
+from meanflow.training.optimizer import make_optimizer, set_rates
+from meanflow.training.preflight import Parts, make_net, objective_class, preflight
 from meanflow.training.samples import draw_samples
 from meanflow.training.screen import show
 
@@ -48,29 +47,22 @@ class Trainer:
     """Trains a recipe into recipe.out, from its newest checkpoint if it has one.
 
     Args:
-        objective, net, data, optimizer: the user's own, as for `meanflow.run`.
+        own: what the run has of the user's own.
     Raises:
         ValueError: a choice that cannot work, before a checkpoint or log is touched.
     """
 
-    def __init__(
-        self,
-        recipe: TrainConfig,
-        objective: type[Objective] | None = None,
-        net: NetClass | None = None,
-        data: Callable[[TrainConfig], Data] | None = None,
-        optimizer: MakeOptimizer | None = None,
-    ):
-        self.recipe, objective = recipe, objective_class(recipe, objective)
+    def __init__(self, recipe: TrainConfig, own: Parts = Parts()):
+        self.recipe, objective = recipe, objective_class(recipe, own.objective)
         self.accelerator = make_accelerator(recipe)
         set_seed(recipe.seed)
-        self.data = (data or load_data)(recipe)
-        plan = preflight(recipe, self.data, self.accelerator.num_processes, objective, net)
+        self.data = (own.data or load_data)(recipe)
+        plan = preflight(recipe, self.data, self.accelerator.num_processes, own)
         if self.accelerator.is_local_main_process:
             show(plan)
         self.total, self.start = plan.total, plan.start
         on_processes(self.accelerator, self.verify_latents, only_main=False)
-        self.net = make_net(recipe, self.data, net)
+        self.net = make_net(recipe, self.data, own.net)
         if recipe.init_from and self.start is None:
             init_weights(self.net, recipe.init_from)
         if recipe.activation_checkpointing:
@@ -82,7 +74,7 @@ class Trainer:
         if self.start is not None:
             on_processes(self.accelerator, verify_checkpoint, self.start)
             load_modules(self.start, self.bare, self.averages)
-        self.optimizer = make_optimizer(self.bare, recipe, optimizer)
+        self.optimizer = make_optimizer(self.bare, recipe, own.optimizer)
         self.objective, self.optimizer = self.accelerator.prepare(self.bare, self.optimizer)
         if self.accelerator.is_fsdp2:
             for _, average in self.averages.items():
@@ -114,8 +106,8 @@ class Trainer:
             accelerator.print(f"{recipe.out}: resumes after step {self.step} of {self.total}")
         bar = {"initial": self.step, "unit": "step", "mininterval": 1}
         self.bar = tqdm(total=self.total, disable=not accelerator.is_main_process, **bar)
-        ranks = accelerator.process_index, accelerator.num_processes
-        loader = make_loader(recipe, type(self.bare), self.data, self.step, self.total, *ranks)
+        steps, rank = range(self.step, self.total), accelerator.process_index
+        loader = make_loader(recipe, type(self.bare), self.data, steps, rank, accelerator.num_processes)
         self.objective.train()
         self.raw_loss, self.saved, stop = 0.0, True, None
         with Guard(accelerator, recipe, progress) as self.guard:

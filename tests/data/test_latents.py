@@ -120,7 +120,7 @@ def test_the_loader_draws_the_same_latents_however_the_run_is_divided(tmp_path):
 
     def samples(num_processes: int, workers: int) -> set:
         loaders = [
-            make_loader(replace(recipe, workers=workers), MeanFlow, load_data(recipe), 0, 3, process, num_processes)
+            make_loader(replace(recipe, workers=workers), MeanFlow, load_data(recipe), range(3), process, num_processes)
             for process in range(num_processes)
         ]
         return {

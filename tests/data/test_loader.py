@@ -24,7 +24,7 @@ def samples(recipe: TrainConfig, num_processes: int = 1, start: int = 0, stop: i
     """What each step trains on, over all processes and micro-batches."""
     steps = [set() for _ in range(start, stop)]
     for process in range(num_processes):
-        loader = make_loader(recipe, MeanFlow, images(), start, stop, process, num_processes)
+        loader = make_loader(recipe, MeanFlow, images(), range(start, stop), process, num_processes)
         for number, (x, draws, cond) in enumerate(loader):
             rows = zip(x.flatten().tolist(), cond["y"].tolist(), draws.e.flatten().tolist(), *(
                 column.tolist() for column in (draws.t, draws.r, draws.drop)))  # fmt: skip
@@ -48,19 +48,22 @@ def test_resumed_loader_continues_mid_epoch_where_the_other_stopped():
 def test_every_image_comes_once_an_epoch_in_another_order_each_time():
     """23 images and steps of 16, so that steps mix epochs."""
     orders = torch.cat(
-        [x.flatten() for x, *_ in make_loader(recipe(objective=MeanFlowConfig(0.0)), MeanFlow, images(), 0, 9)]
+        [x.flatten() for x, *_ in make_loader(recipe(objective=MeanFlowConfig(0.0)), MeanFlow, images(), range(9))]
     )
     first, second = orders[:23].tolist(), orders[23:46].tolist()
     assert sorted(first) == sorted(second) == list(range(23)) and first != second
     other_seed = torch.cat(
-        [x.flatten() for x, *_ in make_loader(recipe(seed=1, objective=MeanFlowConfig(0.0)), MeanFlow, images(), 0, 2)]
+        [
+            x.flatten()
+            for x, *_ in make_loader(recipe(seed=1, objective=MeanFlowConfig(0.0)), MeanFlow, images(), range(2))
+        ]
     )
     assert other_seed[:23].tolist() != first
 
 
 def test_fixed_noise_belongs_to_the_image():
     seen = {}
-    for x, draws, _ in make_loader(recipe(fixed_noise=True), MeanFlow, images(), 0, 6):
+    for x, draws, _ in make_loader(recipe(fixed_noise=True), MeanFlow, images(), range(6)):
         for image, e in zip(x.flatten().tolist(), draws.e.flatten().tolist()):
             assert seen.setdefault(image, e) == e
     assert len(set(seen.values())) == 23
@@ -84,10 +87,13 @@ def test_subset_holds_so_many_images_of_so_many_classes():
     "make, message",
     [
         (
-            lambda: make_loader(recipe(global_batch=15), MeanFlow, images(), 0, 1, 0, 2),
+            lambda: make_loader(recipe(global_batch=15), MeanFlow, images(), range(1), 0, 2),
             r"global_batch must be a multiple .*\(2 x 1\), got 15",
         ),
-        (lambda: make_loader(recipe(accumulation_steps=8), MeanFlow, images(), 0, 1), "a micro-batch of 2 cannot hold"),
+        (
+            lambda: make_loader(recipe(accumulation_steps=8), MeanFlow, images(), range(1)),
+            "a micro-batch of 2 cannot hold",
+        ),
         (lambda: load_data(recipe(data="./cifar")), "resolution must be given for images"),
         (lambda: load_data(recipe(data="./cifar", resolution=32)), "./cifar: no such file or folder"),
         (lambda: load_data(recipe(flip=True)), "flip is not for digits, got True"),

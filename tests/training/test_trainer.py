@@ -44,11 +44,7 @@ def load(folder):
 
 def test_run_leaves_checkpoints_log_curve_and_samples(recipe):
     train(recipe)
-    assert [path.name for path in checkpoints(recipe.out)] == [
-        "step-00000004",
-        "step-00000006",
-        "step-00000008",
-    ]
+    assert [path.name for path in checkpoints(recipe.out)] == ["step-00000004", "step-00000006", "step-00000008"]
     lines = read_log(recipe.out / "log.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     assert all(math.isfinite(line["raw_loss"]) and line["images_per_second"] > 0 for line in lines)

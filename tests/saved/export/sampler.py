@@ -1,0 +1,96 @@
+"""Samplers: from noise e at t = 1 to data at t = 0, for any u_fn(z, t, r) -> u.
+
+It needs torch alone: a copy travels with every published model, beside the pipeline.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+UFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def expand(t: Tensor, z: Tensor) -> Tensor:
+    """t, (B,), as (B, 1, ...) with as many axes as z."""
+    return t.view(-1, *[1] * (z.ndim - 1))
+
+
+def average_velocity(net: Callable, config, z: Tensor, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
+    """u(z_t, t, r, y), like z; u(z_t, t, t, y) is the instantaneous velocity.
+
+    With config.prediction "x" net returns x_hat and u = (z - x_hat) / max(t, config.t_min), arXiv:2601.22158.
+    """
+    out = net(z, t, t - r, y).to(z.dtype)  # from autocast back to at least float32
+    return out if config.prediction == "u" else (z - out) / expand(t.clamp(min=config.t_min), z)
+
+
+def sample(u_fn: UFn, e: Tensor, num_steps: int = 1, grid: Sequence[float] | None = None) -> Tensor:
+    """MeanFlow sampling, eq. (12) of arXiv:2505.13447: z_r = z_t - (t - r) u(z_t, t, r). One step: x = e - u(e, 1, 0).
+
+    Args:
+        u_fn: average velocity with the labels bound; t, r are (B,).
+        e: noise, (B, C, *S).
+        grid: other times than num_steps even steps, falling within [0, 1], e.g. (1, 0.5, 0).
+    Raises:
+        ValueError: num_steps < 1 or a grid that does not fall.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be >= 1, got {num_steps}")
+    grid = [1 - i / num_steps for i in range(num_steps + 1)] if grid is None else list(grid)
+    if len(grid) < 2 or not (1 >= grid[0] and grid[-1] >= 0 and all(t > r for t, r in zip(grid, grid[1:]))):
+        raise ValueError(f"grid must fall within [0, 1], got {grid}")
+    z, ones = e, torch.ones(e.shape[:1], dtype=torch.promote_types(e.dtype, torch.float32), device=e.device)
+    for t, r in zip(grid, grid[1:]):
+        z = z - (t - r) * u_fn(z, t * ones, r * ones)
+    return z
+
+
+def euler(u_fn: UFn, e: Tensor, num_steps: int = 50) -> Tensor:
+    """Euler's method for dz/dt = v, with the instantaneous velocity v(z, t) = u(z, t, t). Arguments as for `sample`."""
+    return sample(lambda z, t, r: u_fn(z, t, t), e, num_steps)
+
+
+def heun(u_fn: UFn, e: Tensor, num_steps: int = 25) -> Tensor:
+    """Heun's method, of second order: two evaluations a step. Arguments as for `sample`."""
+
+    def mean(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        v = u_fn(z, t, t)
+        return (v + u_fn(z - expand(t - r, z) * v, r, r)) / 2
+
+    return sample(mean, e, num_steps)
+
+
+def rk4(u_fn: UFn, e: Tensor, num_steps: int = 12) -> Tensor:
+    """The classical Runge-Kutta method, of fourth order: four evaluations a step. Arguments as for `sample`."""
+
+    def mean(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        dt, middle = expand(t - r, z), (t + r) / 2
+        a = u_fn(z, t, t)
+        b = u_fn(z - dt / 2 * a, middle, middle)
+        c = u_fn(z - dt / 2 * b, middle, middle)
+        d = u_fn(z - dt * c, r, r)
+        return (a + 2 * b + 2 * c + d) / 6
+
+    return sample(mean, e, num_steps)
+
+
+SOLVERS = {"meanflow": sample, "euler": euler, "heun": heun, "rk4": rk4}
+STEPS = {"meanflow": 1, "euler": 50, "heun": 25, "rk4": 12}  # where none are asked for
+
+
+def cfg(u_fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], y: Tensor, null_class: int, cfg_scale: float) -> UFn:
+    """Classifier-free guidance while sampling: u_null + cfg_scale (u_cond - u_null), arXiv:2207.12598.
+
+    Two evaluations a step, in one batch. It needs a null class that was trained on the intervals that are sampled.
+
+    Args:
+        u_fn: (z, t, r, y) -> u. y: (B,) int64.
+    """
+    labels = torch.cat([torch.full_like(y, null_class), y])
+
+    def guided(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        u_null, u_cond = u_fn(*(torch.cat([a, a]) for a in (z, t, r)), labels).chunk(2)
+        return u_null + cfg_scale * (u_cond - u_null)
+
+    return guided
