@@ -246,6 +246,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        check(isinstance(self.out, Path), "out", repr(self.out), "a pathlib.Path")
         check(self.steps is not None or self.epochs is not None, "steps", self.steps, "given, or epochs")
         sizes = ("steps", "epochs", "lr", "max_grad_norm", "resolution", "scaling_factor", "push_every")
         check_each(self, sizes, lambda x: x > 0, "> 0")

@@ -20,7 +20,7 @@ RECIPE = TrainConfig(
     model="DiT-XS/4",
     objective=MeanFlowConfig(meanflow_ratio=0.25, class_dropout_prob=0.0),
     steps=1000,
-    global_batch=40,
+    global_batch=64,
     lr=2e-3,
     schedule="cosine",
     ema_decay=(0.99,),

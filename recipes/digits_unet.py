@@ -33,6 +33,7 @@ RECIPE = TrainConfig(
     schedule="cosine",
     warmup_steps=50,
     ema_decay=(0.95,),
+    checkpoint_every=200,
 )
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 r"""MeanFlow DiT on volumes, such as the latents of scans: it predicts the clean volume (arXiv:2601.22158); no classes.
 
     accelerate launch -q recipes/volumes_dit.py --data /volumes --out runs/volumes
-    accelerate launch -q recipes/volumes_dit.py --data shapes --model DiT-XS/4 --net hidden_size 128 --steps 1200 \
-        --global-batch 32 --lr 2e-3 --schedule cosine --ema-decay 0.99 --out runs/shapes
+    accelerate launch -q recipes/volumes_dit.py --data shapes --model DiT-XS/4 --net hidden_size 128 --steps 700 \
+        --global-batch 64 --accumulation-steps 1 --lr 2e-3 --schedule cosine --ema-decay 0.99 --warmup-steps 50 \
+        --checkpoint-every 350 --out runs/shapes
 
 --data is a folder of .npy files or of .safetensors files with the key volume, each (C, D, H, W) with sides that are
 multiples of 4; these settings are for 4 x 48 x 48 x 48. shapes are 512 synthetic volumes of 4 x 16 x 16 x 16, on which
@@ -31,7 +32,8 @@ RECIPE = TrainConfig(
         class_dropout_prob=0.0,
     ),
     steps=100_000,
-    global_batch=16,
+    global_batch=128,  # 32 of them with r != t; fewer make a noisy gradient
+    accumulation_steps=8,
     lr=1e-4,
     betas=(0.9, 0.95),
     warmup_steps=100,

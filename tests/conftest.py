@@ -1,5 +1,9 @@
-"""What several tests share."""
+"""What several tests share.
 
+GPUs are hidden, so that what is asserted of CPUs stays true on a machine that has one; `pytest --cuda` shows them.
+"""
+
+import os
 import runpy
 import subprocess
 from collections.abc import Callable, Iterator
@@ -19,6 +23,23 @@ from torch import Tensor, nn
 from meanflow.objectives.base import Batch
 from models.dit import DiT
 from models.unet import UNet, UNetCifar
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--cuda", action="store_true", help="show the GPUs, and run only the tests that need one")
+
+
+def pytest_configure(config) -> None:
+    if not config.getoption("--cuda"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch has not looked yet
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    needs_gpu = [item for item in items if item.get_closest_marker("cuda")]
+    others = [item for item in items if not item.get_closest_marker("cuda")]
+    items[:], left_out = (needs_gpu, others) if config.getoption("--cuda") else (others, needs_gpu)
+    config.hook.pytest_deselected(items=left_out)
+
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 GOLDEN = Path(__file__).parent / "golden"
@@ -135,7 +156,10 @@ def vae(tmp_path_factory) -> Path:
     return save_vae(tmp_path_factory.mktemp("vae"))
 
 
-@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.fixture(params=DEVICES)
 def golden(request) -> dict[str, Tensor]:
     torch.backends.cudnn.allow_tf32 = False  # float32 to its last digits
     return load_file(GOLDEN / "meanflow_dit.safetensors", device=request.param)

@@ -61,6 +61,7 @@ def test_more_dropped_labels_than_flow_samples_are_refused():
     "changes, message",
     [
         ({}, "steps must be given, or epochs"),
+        ({"steps": 1, "out": "run"}, "out must be a pathlib.Path, got 'run'"),
         ({"steps": 0}, "steps must be > 0"),
         ({"steps": 1, "resolution": 0}, "resolution must be > 0"),
         ({"steps": 1, "workers": -1}, "workers must be >= 0"),
@@ -83,8 +84,7 @@ def test_recipe_values_out_of_range_are_refused_by_name(changes, message):
 )
 def test_steps_and_epochs_that_are_flags_go_before_those_that_are_written(flags, steps, epochs, monkeypatch):
     seen = []
-    monkeypatch.setattr("meanflow.training.preflight.preflight", lambda recipe, *_: seen.append(recipe))
-    monkeypatch.setattr("meanflow.training.screen.dry_run", lambda plan: None)
+    monkeypatch.setattr("meanflow.training.screen.dry_run", lambda recipe, own: seen.append(recipe))
     monkeypatch.setattr("sys.argv", ["recipe", "--dry-run", *flags])
     run(TrainConfig(steps=7, epochs=2.0))
     assert (seen[0].steps, seen[0].epochs) == (steps, epochs)

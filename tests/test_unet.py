@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN, ZOO, assert_golden, batch_of, perturbed
+from conftest import DEVICES, GOLDEN, ZOO, assert_golden, batch_of, perturbed
 from safetensors.torch import load_file
 
 from meanflow.config import MeanFlowConfig
@@ -18,7 +18,7 @@ from models.unet import UNetCifar
 TINY = {"model_channels": 16, "channel_mult": (2, 2, 2), "num_blocks": 1, "dropout": 0.2}
 
 
-@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+@pytest.fixture(params=DEVICES)
 def golden(request):
     torch.backends.cudnn.allow_tf32 = False  # float32 to its last digits
     return load_file(GOLDEN / "unet_tiny.safetensors", device=request.param)

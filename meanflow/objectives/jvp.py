@@ -42,12 +42,17 @@ def jvp(fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...])
     with forward_ad.dual_level():
         # torch.compile cannot make a view of an input dual: hence contiguous().
         duals = [join(p.contiguous(), d.detach().contiguous()) for p, d in zip(primals, tangents)]
-        with SharedPrimal():
+        with SharedPrimal(), eager():
             out = fn(*duals)
         out = tree_map_only(Tensor, split, out)
         u = tree_map_only(Dual, lambda x: x.p, out, is_leaf=is_dual)
         du = tree_map_only(Dual, lambda x: torch.zeros_like(x.p) if x.d is None else x.d.detach(), out, is_leaf=is_dual)
         return u, du
+
+
+def eager() -> Any:
+    """Runs networks as they are inside torch.compile, whose compiled code silently drops tangents."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
 
 
 def support_fsdp2() -> None:
@@ -85,7 +90,11 @@ def is_dual(x: Any) -> bool:
 
 # The operations behind forward_ad.unpack_dual and make_dual, whose wrappers cost a small network a fifth of its time.
 def split(x: Tensor) -> Dual:
-    return Dual(*torch._unpack_dual(x, level=0)) if has_derivative(x) else Dual(x, None)
+    if not has_derivative(x):
+        return Dual(x, None)
+    p, d = torch._unpack_dual(x, level=0)
+    # An operation that runs by PyTorch's own forward mode gives the tangent a graph, too.
+    return Dual(p, d.detach() if d is not None and d.requires_grad else d)
 
 
 def has_derivative(x: Any) -> bool:
@@ -112,8 +121,17 @@ def primal(x: Any) -> Any:
     return replace(Dual, lambda dual: dual.p, x)
 
 
+def constant(x: Any) -> Any:
+    """x with every Dual in it replaced by its primal without the graph."""
+    return replace(Dual, lambda dual: dual.p.detach(), x)
+
+
 class SharedPrimal(TorchFunctionMode):
     """Runs each operation on dual tensors as: the primal once, as usual; its tangent beside it, under no_grad."""
+
+    def __init__(self):
+        super().__init__()
+        self.level = torch._C._functorch.maybe_current_level()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = {} if kwargs is None else kwargs
@@ -121,7 +139,9 @@ class SharedPrimal(TorchFunctionMode):
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         if func is F.dropout:
             return dropout(*args, **kwargs)
-        if must_run_once(func, args, kwargs):
+        # The network may call torch.func.grad or vmap: only PyTorch sees the tangents inside the tensors of these.
+        transformed = torch._C._functorch.maybe_current_level() != self.level
+        if transformed or must_run_once(func, args, kwargs):
             with sdpa_kernel(SDPBackend.MATH) if "attention" in func.__name__ else nullcontext():
                 return func(*args, **kwargs)  # by PyTorch's own forward mode
         args, kwargs, duals = unpack(args, kwargs)
@@ -181,17 +201,20 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 ONCE = {"bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softmax", "multi_head_attention_forward"}
 ONCE |= {"batch_norm", "instance_norm", "__get__", "__set__", "__setitem__", "register_hook"}
 ONCE |= {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p")
 
 
 @cache
 def runs_once(name: str) -> bool:
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ONCE or "dropout" in name or name.startswith("rand")
+    return in_place or name in ONCE or "dropout" in name or name.startswith(("rand", "fractional"))
 
 
 def must_run_once(func: Callable, args: tuple, kwargs: dict) -> bool:
     """Whether a call must not run a second time for its tangent: it is random, or it changes a tensor."""
+    if func.__name__ in RECURRENT:
+        return all(args[5:7])  # dropout between the layers, and training
     if func is F.scaled_dot_product_attention:
         given = {**dict(zip(ATTENTION_ARGUMENTS, args)), **kwargs}
         return given.get("dropout_p", 0.0) > 0
@@ -202,9 +225,19 @@ def must_run_once(func: Callable, args: tuple, kwargs: dict) -> bool:
 def forward_mode(func: Callable, out: Any, *args, **kwargs) -> Any:
     """The tangent by PyTorch's forward mode, of operations without a rule below: so the primal runs once more."""
     args, kwargs = (replace(Dual, lambda x: join(x.p.detach(), x.d), x) for x in (args, kwargs))
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+    # The fused kernels have no forward-mode derivative. Gradients are on for the reason given in linear_in_first.
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         out = func(*args, **kwargs)
-    return replace(Tensor, lambda x: split(x).d, out)
+    d = replace(Tensor, lambda x: split(x).d, out)
+    # Operations that others register, such as torchvision's deform_conv2d, lose the tangent without an error.
+    if is_registered_by_others(func) and all(x is None for x in (d if isinstance(d, (list, tuple)) else [d])):
+        raise NotImplementedError(f"{func} has no forward-mode derivative")
+    return d
+
+
+def is_registered_by_others(func: Callable) -> bool:
+    is_registered = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    return is_registered and not str(func).startswith("aten.")
 
 
 def is_constant(*args) -> bool:
@@ -216,7 +249,10 @@ def linear_in_first(func: Callable, out: Any, x: Dual, *args, **kwargs) -> Any:
     """f(x) with f linear, such as a change of shape: df = f(dx)."""
     if kwargs.get("rounding_mode") or not is_constant(*args, *kwargs.values()):
         return forward_mode(func, out, x, *args, **kwargs)
-    return func(x.d, *primal(args), **primal(kwargs))
+    # The tangent may be a view, as of x[:, :8], and the network may write into it, as by *= weight. PyTorch refuses this
+    # for a view that was made without gradients. No graph comes of it, for nothing here has one.
+    with torch.enable_grad():
+        return func(x.d, *constant(args), **constant(kwargs))
 
 
 def bilinear(func: Callable, out: Tensor, a: Any, b: Any) -> Tensor:
@@ -238,7 +274,8 @@ def add(func: Callable, out: Tensor, a: Any, b: Any, **kwargs) -> Tensor:
     if not is_constant(a) and not is_constant(b):
         return func(a.d, b.d, **kwargs)
     d = b.d if is_constant(a) else a.d
-    return d if d.shape == out.shape and not kwargs else forward_mode(func, out, a, b, **kwargs)
+    # A copy, since the network may write into the sum, as by x + 1 and then *= 2, which must not change the summand.
+    return d.clone() if d.shape == out.shape and not kwargs else forward_mode(func, out, a, b, **kwargs)
 
 
 def affine(func: Callable, out: Tensor, x: Dual, weight: Dual, bias: Dual | None = None, *args, **kwargs) -> Tensor:

@@ -1,0 +1,57 @@
+"""Writes docs/reference.md: every option of a recipe and of the tools, from the dataclasses and their comments.
+
+python tools/reference.py
+"""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# The file, the class of its options, the prefix of their flags, and the heading.
+PAGES = [
+    ("meanflow/config.py", "TrainConfig", "--", "A recipe"),
+    ("meanflow/config.py", "MeanFlowConfig", "--objective.", "Its objective"),
+    ("tools/cache_latents.py", "Options", "--", "tools/cache_latents.py"),
+    ("tools/sample.py", "Options", "--", "tools/sample.py"),
+    ("tools/export.py", "Options", "--", "tools/export.py"),
+    ("tools/push_to_hub.py", "Options", "--", "tools/push_to_hub.py"),
+    ("tools/digits_report.py", "Options", "--", "tools/digits_report.py"),
+    ("tools/benchmark.py", "Step", "--", "tools/benchmark.py step"),
+    ("tools/benchmark.py", "Data", "--", "tools/benchmark.py data"),
+    ("tools/benchmark.py", "Sample", "--", "tools/benchmark.py sample"),
+]
+
+
+def options(source: str, name: str) -> list[tuple[str, str, str, str]]:
+    """(field, type, default, help) of each field of a dataclass; its help is the comment above or the string below."""
+    lines = source.splitlines()
+    body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name).body
+    found = []
+    for node, after in zip(body, [*body[1:], None]):
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        comment, number = [], node.lineno - 2
+        while lines[number].strip().startswith("#"):
+            comment.insert(0, lines[number].strip().removeprefix("#").strip())
+            number -= 1
+        below = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+        default = ast.unparse(node.value) if node.value else "must be given"
+        default = default.replace("field(default_factory=dict)", "{}")
+        found.append((node.target.id, ast.unparse(node.annotation), default, " ".join([*comment, *below.split()])))
+    return found
+
+
+def page() -> str:
+    text = ["# Every option", "", "Written by `python tools/reference.py` from the code."]
+    for file, name, prefix, heading in PAGES:
+        text += ["", f"## {heading}", "", "| option | default | what |", "|---|---|---|"]
+        for field, kind, default, about in options((ROOT / file).read_text(), name):
+            flag = field if "Positional" in kind else prefix + field.replace("_", "-")
+            cells = [f"`{flag}`", f"`{default}`", about]
+            text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/reference.md").write_text(page())
+    print("docs/reference.md")
