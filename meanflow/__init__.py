@@ -7,26 +7,19 @@ import importlib
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "MeanFlowConfig": "config",
-    "ObjectiveConfig": "config",
-    "TrainConfig": "config",
-    "sample": "sampler",
-    "Batch": "objectives.base",
-    "Objective": "objectives.base",
-    "Output": "objectives.base",
-    "MeanFlow": "objectives.meanflow",
-    "average_velocity": "sampler",
-    "jvp": "objectives.jvp",
-    "make_draws": "objectives.draws",
-    "mean_velocity_target": "objectives.meanflow",
-    "order_slots": "objectives.draws",
-    "Data": "data.base",
-    "InMemory": "data.base",
-    "export": "publishing.export",
-    "load_pipeline": "publishing.loading",
-    "run": "main",
+_NAMES = {
+    "config": ("MeanFlowConfig", "ObjectiveConfig", "TrainConfig"),
+    "sampler": ("average_velocity", "sample"),
+    "objectives.base": ("Batch", "Objective", "Output"),
+    "objectives.meanflow": ("MeanFlow", "mean_velocity_target"),
+    "objectives.draws": ("make_draws", "order_slots"),
+    "objectives.jvp": ("jvp",),
+    "data.base": ("Data", "InMemory"),
+    "publishing.checkpoints": ("load_pipeline",),
+    "publishing.export": ("export",),
+    "main": ("run",),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_MODULES)
 
 

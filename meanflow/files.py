@@ -42,7 +42,8 @@ def checksum(path: Path) -> str:
 
 def first_line(error: Exception) -> str:
     """What an error says, for a message of one line."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    words = repr(error) if isinstance(error, KeyError) else str(error).strip() or repr(error)
+    return words.splitlines()[0]
 
 
 @contextmanager

@@ -3,19 +3,12 @@
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 from meanflow.config import TrainConfig
 
 
-def run(
-    recipe: TrainConfig,
-    objective: type | None = None,
-    net: type | None = None,
-    data: Callable | None = None,
-    optimizer: Callable | None = None,
-) -> None:
+def run(recipe: TrainConfig, objective: type | None = None, net: type | None = None, data=None, optimizer=None) -> None:
     """Trains a recipe. Every field is a flag; bad input ends the program with one line and code 1.
 
     Args:
@@ -44,14 +37,15 @@ def run(
         recipe = replace(recipe, model=net.__name__)
     from meanflow.training.preflight import Parts
 
+    own = Parts(objective, net, data, optimizer)
     try:
         if recipe.dry_run:
             from meanflow.training.screen import dry_run
 
-            return dry_run(recipe, Parts(objective, net, data, optimizer))
+            return dry_run(recipe, own)
         from meanflow.training.trainer import Trainer
 
-        trainer = Trainer(recipe, Parts(objective, net, data, optimizer))
+        trainer = Trainer(recipe, own)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     from meanflow.data.base import UnreadableSample

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.data.sources import load_data
 from meanflow.noise import generator
-from meanflow.publishing.checkpoints import checkpoints
-from meanflow.publishing.loading import load_pipeline
+from meanflow.publishing.checkpoints import checkpoints, load_pipeline
 from meanflow.training.log import read_log
 from meanflow.training.trainer import Trainer
 

@@ -171,8 +171,8 @@ def main(options: Options) -> None:
     from tqdm import tqdm
 
     from meanflow.files import first_line
+    from meanflow.publishing.checkpoints import load_pipeline
     from meanflow.publishing.export import cast
-    from meanflow.publishing.loading import load_pipeline
     from meanflow.sampler import STEPS
 
     accelerator = Accelerator(cpu=options.device == "cpu" or not torch.accelerator.is_available())

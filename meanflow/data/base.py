@@ -41,6 +41,13 @@ class Data:
     # encode(*x) -> x in model units.
     encode = None
 
+    def verify(self, part: int = 0, num_parts: int = 1) -> None:
+        """Reads what is kept in files once, one part of it, so that no damage stops a run later.
+
+        Raises:
+            ValueError: a file is damaged; the message names it.
+        """
+
     def to_pixels(self, x: Tensor) -> Tensor:
         """Images in [-1, 1] to look at, (B, 1 or 3, H, W), from model units."""
         return middle_slices(x) if x.ndim == 5 else x[:, :3]

@@ -164,6 +164,9 @@ class Latents(LatentSpace):
         cond = {"y": self.labels[torch.as_tensor(indices)]} if self.num_classes else {}
         return self.normalize(torch.addcmul(mean, std, noise)), cond
 
+    def verify(self, part: int = 0, num_parts: int = 1) -> None:
+        verify_shards(self.folder, self.shards[part::num_parts], quiet=part > 0)
+
     def __reduce__(self):
         """A process that is spawned, as on macOS and Windows, opens the files anew: it must not get their content."""
         return type(self), (self.folder, self.recipe), {"num_classes": self.num_classes, "metadata": self.metadata}

@@ -6,11 +6,10 @@ The data loader calls `order_slots` and `make_draws` on the CPU. The training lo
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from meanflow.config import ObjectiveConfig
-from meanflow.sampler import STEPS, Cond
+from meanflow.sampler import Cond
 
 
 class Batch(NamedTuple):
@@ -103,10 +102,10 @@ class Objective(nn.Module):
 
     @classmethod
     def check(cls, config: ObjectiveConfig, net: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:
-        """Refuses, before a run, what these options cannot train.
+        """Refuses what these options cannot train.
 
         Args:
-            net: a network on the meta device.
+            net: a network in training mode; before a run it is on the meta device.
             shape: of one sample, (C, *S).
         Raises:
             ValueError: the message names the option, its value and what to do.
@@ -139,20 +138,3 @@ def is_frozen(module: nn.Module) -> bool:
     """Whether a module has parameters, and none of them is trained."""
     parameters = list(module.parameters())
     return len(parameters) > 0 and not any(p.requires_grad for p in parameters)
-
-
-def ode_sampling(**known) -> Sampling:
-    """Sampling of a network that knows only the instantaneous velocity u(z, t, t)."""
-    return Sampling(solver="euler", num_inference_steps=STEPS["euler"], **known)
-
-
-def check_classes(y: Tensor | None, batch_size: int, num_classes: int) -> None:
-    """Raises a ValueError for classes of a wrong shape, dtype or, on the CPU, range; num_classes is the null class."""
-    if y is None:
-        return
-    if y.shape != (batch_size,) or y.dtype != torch.int64:
-        raise ValueError(f"classes must be ({batch_size},) int64, got {tuple(y.shape)} {y.dtype}")
-    if y.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # to look at the values would be a host sync
-    if not (0 <= y.min() and y.max() <= num_classes):
-        raise ValueError(f"classes must be in [0, {num_classes}], got {y.min()} to {y.max()}")

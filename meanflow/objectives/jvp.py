@@ -225,8 +225,10 @@ def must_run_once(func: Callable, args: tuple, kwargs: dict) -> bool:
 def forward_mode(func: Callable, out: Any, *args, **kwargs) -> Any:
     """The tangent by PyTorch's forward mode, of operations without a rule below: so the primal runs once more."""
     args, kwargs = (replace(Dual, lambda x: join(x.p.detach(), x.d), x) for x in (args, kwargs))
-    # The fused kernels have no forward-mode derivative. Gradients are on for the reason given in linear_in_first.
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    # The fused kernels have no forward-mode derivative. Gradients are on for a view alone, for the reason given in
+    # linear_in_first: some derivatives, such as mish's, have other digits then.
+    is_view = isinstance(out, Tensor) and out._is_view()
+    with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(is_view):
         out = func(*args, **kwargs)
     d = replace(Tensor, lambda x: split(x).d, out)
     # Operations that others register, such as torchvision's deform_conv2d, lose the tangent without an error.
@@ -249,8 +251,8 @@ def linear_in_first(func: Callable, out: Any, x: Dual, *args, **kwargs) -> Any:
     """f(x) with f linear, such as a change of shape: df = f(dx)."""
     if kwargs.get("rounding_mode") or not is_constant(*args, *kwargs.values()):
         return forward_mode(func, out, x, *args, **kwargs)
-    # The tangent may be a view, as of x[:, :8], and the network may write into it, as by *= weight. PyTorch refuses this
-    # for a view that was made without gradients. No graph comes of it, for nothing here has one.
+    # The tangent may be a view, as of x[:, :8], and the network may write into it, as by *= weight. PyTorch refuses
+    # this for a view that was made without gradients. No graph comes of it, for nothing here has one.
     with torch.enable_grad():
         return func(x.d, *constant(args), **constant(kwargs))
 

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from meanflow.config import MeanFlowConfig, check
-from meanflow.objectives.base import Batch, Objective, Output, Sampling, check_classes, ode_sampling
+from meanflow.config import MeanFlowConfig
+from meanflow.objectives.base import Batch, Objective, Output, Sampling
 from meanflow.objectives.draws import Draws, guided_rows, make_draws, num_meanflow, order_slots
 from meanflow.objectives.guidance import guidance_in_words, guided_velocity
 from meanflow.objectives.jvp import finite_difference, jvp
-from meanflow.sampler import Cond, average_velocity, expand
+from meanflow.sampler import STEPS, Cond, average_velocity, expand
 
 JVP = {"exact": jvp, "finite-difference": finite_difference}
 MIN_INTERVALS = 16  # r != t samples in an optimiser step, below which a run is warned of
@@ -142,20 +142,18 @@ class MeanFlow(Objective):
         return u[: len(null_rows)], u[len(null_rows) : end]
 
     def check_batch(self, batch: Batch, k: int) -> None:
-        x, draws, cond = batch
+        x, draws, y = batch.x, batch.draws, batch.cond.get("y")
         if x.shape != draws.e.shape:
             raise ValueError(f"noise must be {tuple(x.shape)} like the data, got {tuple(draws.e.shape)}")
-        if self.config.channel_weights is not None:
-            if self.channel_weights is None:
-                raise ValueError("channel_weights are inverse-variance, and the data are not known: call prepare(data)")
-            check_channels(self.channel_weights, x.shape[1])
-        if "y" not in cond and self.config.guided:
-            raise ValueError("omega and kappa must be 1 and 0 without classes, got guidance")
-        if self.config.jvp == "finite-difference" and has_dropout(self.net):
-            raise ValueError("jvp must be exact for a network with active dropout, got finite-difference")
-        check_classes(cond.get("y"), len(x), self.net.config.num_classes if "y" in cond else 0)
+        if self.config.channel_weights is not None and self.channel_weights is None:
+            raise ValueError("channel_weights are inverse-variance, and the data are not known: call prepare(data)")
+        self.check(self.config, self.net, x.shape[1:], 0 if y is None else self.net.config.num_classes)
+        if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
+            raise ValueError(f"classes must be ({len(x)},) int64, got {tuple(y.shape)} {y.dtype}")
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return  # to look at the values would be a host sync
+        if y is not None and not (0 <= y.min() and y.max() <= self.net.config.num_classes):
+            raise ValueError(f"classes must be in [0, {self.net.config.num_classes}], got {y.min()} to {y.max()}")
         if (draws.r[k:] != draws.t[k:]).any():
             raise ValueError(f"the first {k} of {len(x)} rows must be the r != t ones, got r = t rows first")
 
@@ -163,18 +161,19 @@ class MeanFlow(Objective):
     def check(cls, config: MeanFlowConfig, net: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:
         if config.guided and not num_classes:
             raise ValueError("objective.omega and objective.kappa must be 1 and 0 for data without classes")
-        if config.jvp == "finite-difference" and has_dropout(net.train()):
+        if config.jvp == "finite-difference" and has_dropout(net):
             raise ValueError("objective.jvp must be exact for a network with dropout, got finite-difference")
-        if isinstance(config.channel_weights, (tuple, list)):
-            check_channels(config.channel_weights, shape[0])
+        weights = config.channel_weights
+        if isinstance(weights, (tuple, list)) and len(weights) != shape[0]:
+            raise ValueError(f"channel_weights must be {shape[0]} numbers, one a channel, got {len(weights)}")
 
     @classmethod
     def sampling(cls, config: MeanFlowConfig) -> Sampling:
+        solver = "meanflow" if config.meanflow_ratio else "euler"
+        scale = config.effective_scale if config.guided else None
         null_class = {"independent": "any", "flow": "flow"}[config.null_class] if config.class_dropout_prob else None
-        known = {"prediction": config.prediction, "t_min": config.t_min, "null_class": null_class}
-        known |= {"guidance_scale": config.effective_scale if config.guided else None}
-        known |= {"guidance": guidance_in_words(config)}
-        return Sampling(**known) if config.meanflow_ratio else ode_sampling(**known)
+        guidance = guidance_in_words(config)
+        return Sampling(config.prediction, config.t_min, solver, STEPS[solver], scale, null_class, guidance)
 
     @classmethod
     def describe(cls, config: MeanFlowConfig, global_batch: int) -> dict[str, str]:
@@ -205,10 +204,6 @@ def raw_losses(squared_error: Tensor, k: int) -> dict[str, Tensor]:
     return losses
 
 
-def check_channels(weights, channels: int) -> None:
-    check(len(weights) == channels, "channel_weights", len(weights), f"{channels} numbers, one a channel")
-
-
 def has_dropout(net: nn.Module) -> bool:
     """Whether a layer of net drops something now: torch's Dropout, timm's DropPath and the like."""
     layers = (layer for layer in net.modules() if layer.training and "drop" in type(layer).__name__.lower())
@@ -220,9 +215,7 @@ def evaluation(net: nn.Module) -> Iterator[None]:
     """Every layer of net in evaluation mode, inside."""
     layers = [layer for layer in net.modules() if layer.training]
     try:
-        for layer in layers:
-            layer.training = False
-        yield
+        yield net.eval()
     finally:
         for layer in layers:
             layer.training = True

@@ -1,4 +1,4 @@
-"""Reading checkpoints: listing, verifying and loading them. meanflow/training/checkpoint.py writes them.
+"""Reading what runs and exports hold: lists, checksums, networks, pipelines. training/checkpoint.py writes checkpoints.
 
 A checkpoint is a folder step-00050000/ that is whole or not there:
 
@@ -16,16 +16,18 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from diffusers import ModelMixin
+from diffusers import AutoencoderKL, ModelMixin
 
 from meanflow.config import MeanFlowConfig
+from meanflow.data.vae import fingerprint, load_vae
+from meanflow.fetch import fetch
 from meanflow.files import checksum, errors_as, read_json
-from meanflow.objectives.base import Sampling
 from meanflow.objectives.meanflow import MeanFlow
+from meanflow.publishing.pipeline import MeanFlowPipeline
 from models import NETWORKS
 
 CHECKSUMS = "checksums.json"
-SAMPLING = "sampling.json"
+INDEX = "model_index.json"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -109,13 +111,56 @@ def network_class(name: str, code: Path | None, trust_remote_code: bool) -> type
 
 def read_sampling(folder: Path) -> dict:
     """How the network of a checkpoint is sampled: the fields of `Sampling`."""
-    if (folder / SAMPLING).is_file():
-        return read_json(folder / SAMPLING)
+    if (folder / "sampling.json").is_file():
+        return read_json(folder / "sampling.json")
     return sampling_of_meanflow(read_json(folder / "recipe.json")["objective"])
 
 
 def sampling_of_meanflow(objective: dict) -> dict:
     """For checkpoints and exports of version 0.1, which have the fields of MeanFlowConfig instead."""
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in objective.items()}
-    sampling: Sampling = MeanFlow.sampling(MeanFlowConfig(**options))
-    return sampling._asdict()
+    return MeanFlow.sampling(MeanFlowConfig(**options))._asdict()
+
+
+def load_pipeline(
+    source: str | Path, ema: float | None = None, variant=None, revision=None, trust_remote_code: bool = False
+) -> MeanFlowPipeline:
+    """The pipeline of a run (its newest checkpoint), a checkpoint, an exported folder or a Hub id, in float32.
+
+    Args:
+        ema: of a run, the decay of the average to take; default: the recipe's first.
+        variant: of an exported folder, bf16 or fp16: the precision that its weights were saved in.
+        revision: of a Hub id: a branch, tag or commit.
+        trust_remote_code: run the network's own file, if the network is not in the zoo. No other code is run.
+    Raises:
+        ValueError: it is none of these, is not whole, has no such average or variant, or its code is not trusted.
+    """
+    folder = fetch(source, revision, variant, code=trust_remote_code)
+    if (folder / INDEX).is_file():
+        if ema is not None:
+            raise ValueError(f"ema {ema} is for runs: {source} holds one average")
+        return read_export(folder, variant, trust_remote_code)
+    folder = find_checkpoint(folder)
+    if variant is not None:
+        raise ValueError(f"variant {variant} is for exported folders, and {folder} is a checkpoint")
+    with errors_as(f"{folder} cannot be loaded"):
+        recipe, metadata = (read_json(folder / f"{name}.json") for name in ("recipe", "data"))
+        net = load_network(folder, ema, trust_remote_code)
+        vae = load_vae(recipe["vae"]) if recipe["vae"] else None
+        if vae is not None and metadata.get("vae_sha256") not in (None, fingerprint(vae)):
+            raise ValueError(f"vae: {recipe['vae']} has other weights than in training")
+        id2label = dict(enumerate(metadata.get("classes", [])))
+        return MeanFlowPipeline(net, vae, read_sampling(folder), id2label, metadata.get("latents"))
+
+
+def read_export(folder: Path, variant: str | None, trust_remote_code: bool) -> MeanFlowPipeline:
+    """The pipeline of an exported folder. The only code there that may run is that of a custom network."""
+    with errors_as(f"{f'variant {variant} of ' if variant else ''}{folder} cannot be loaded"):
+        index, options = read_json(folder / INDEX), {"variant": variant, "use_safetensors": True}
+        module, name = index["net"]
+        code = folder / "net" / f"{module}.py" if module.startswith("modeling_custom_") else None
+        net = network_class(name, code, trust_remote_code).from_pretrained(folder / "net", **options)
+        has_vae = (index.get("vae") or [None])[0]
+        vae = AutoencoderKL.from_pretrained(folder / "vae", **options) if has_vae else None
+        sampling = sampling_of_meanflow(index["objective"]) if "objective" in index else index["sampling"]
+        return MeanFlowPipeline(net.eval(), vae, sampling, index.get("id2label"), index.get("latents"))

@@ -10,25 +10,20 @@ import torch
 from meanflow.config import FREE_ON_RESUME, flatten
 from meanflow.files import read_json
 from meanflow.pictures import middle_slices, save_grid
-from meanflow.publishing.checkpoints import checkpoints, find_checkpoint, saved_step
-from meanflow.publishing.loading import INDEX, load_pipeline
+from meanflow.publishing.checkpoints import INDEX, checkpoints, find_checkpoint, load_pipeline, saved_step
 from meanflow.publishing.pipeline import MeanFlowPipeline
 
 
 def export(
-    source: str | Path,
-    out: str | Path,
-    ema: float | None = None,
-    variants: tuple[str, ...] = (),
-    license: str = "other",
-    datasets: tuple[str, ...] = (),
-    trust_remote_code: bool = False,
+    source: Path, out: Path, ema=None, variants=(), license="other", datasets=(), trust_remote_code=False
 ) -> None:
     """Writes the pipeline folder of a run or checkpoint, with its model card, whole or not at all.
 
     Args:
-        variants: bf16, fp16: the weights once more in these precisions.
-        license, datasets: for the model card, in the Hub's words.
+        source, out: paths; strings will do.
+        ema: decay of the average to take; default: the recipe's first.
+        variants: names among bf16 and fp16: the weights once more in these precisions.
+        license, datasets: for the model card, in the Hub's words: a name, and several names.
         trust_remote_code: run the network's own file, if the network is not in the zoo.
     Raises:
         ValueError: source has no whole checkpoint, out holds something else, or the network's file is not trusted.
@@ -48,9 +43,8 @@ def export(
         (temporary / "README.md").write_text(model_card(source, pipe, license, datasets, measured))
         save_picture(source, pipe, temporary / "samples.png", is_first_average=ema is None)
         for variant in variants:
-            cast(load_pipeline(source, ema, trust_remote_code=trust_remote_code), variant).save_pretrained(
-                temporary, variant=variant
-            )
+            pipe = load_pipeline(source, ema, trust_remote_code=trust_remote_code)
+            cast(pipe, variant).save_pretrained(temporary, variant=variant)
         shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
     finally:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from meanflow.config import TrainConfig
 from meanflow.files import first_line
+from meanflow.publishing.checkpoints import INDEX
 from meanflow.publishing.export import export
-from meanflow.publishing.loading import INDEX
 
 DEADLINE = 300  # seconds that a finished run waits for its push
 ATTEMPTS = 6  # of a push, 1, 2, 4, ... seconds apart

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from meanflow.noise import noise
@@ -91,17 +92,14 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError(f"{scale} needs classes, and this network has none: leave it out")
         if trained is not None and abs(guidance_scale - trained) > 1e-3 * trained:
             fact = f"guidance is trained into this network, at scale {trained:.4g}, and costs nothing"
-            advice = "leave it out, or train with another omega or kappa"
-            raise ValueError(f"{fact}; {guidance_scale:g} cannot be had by sampling: {advice}")
+            raise ValueError(f"{fact}; {guidance_scale:g} cannot be had by sampling: leave it out, or train with it")
         if trained is not None or guidance_scale == 1:
             return
         if sampling.null_class is None:
-            fact = "which this network never learned (class_dropout_prob 0)"
-            raise ValueError(f"{scale} needs the null class, {fact}: leave it out")
+            raise ValueError(f"{scale} needs the null class, never trained here (class_dropout_prob 0): leave it out")
         if solver == "meanflow" and sampling.null_class == "flow":
-            fact = "which this network learned only at r = t (null_class flow)"
-            advice = "leave it out, or use solver euler with 50 steps"
-            raise ValueError(f"{scale} needs the null class at r < t, {fact}: {advice}")
+            fact = f"{scale} needs the null class at r < t, which was trained only at r = t (null_class flow)"
+            raise ValueError(f"{fact}: leave it out, or use solver euler with 50 steps")
 
     def condition_names(self, required: bool = False) -> list[str]:
         """The conditions beside the class that the network takes, or only those that it cannot do without."""
@@ -173,9 +171,12 @@ class MeanFlowPipeline(DiffusionPipeline):
             class_labels = [class_labels] if isinstance(class_labels, (int, str)) else class_labels
             batch_size = len(class_labels)
         known = self.conditions(class_labels, cond, batch_size)
-        e = self.draw_noise(generator, batch_size) if latents is None else latents
-        if tuple(e.shape) != (batch_size, *self.shape):
-            raise ValueError(f"latents must be {(batch_size, *self.shape)}, got {tuple(e.shape)}")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"generator must be one, or {batch_size}, got {len(generator)}")
+        shape, device = (batch_size, *self.shape), self._execution_device
+        e = randn_tensor(shape, generator, device) if latents is None else latents.to(device)
+        if tuple(e.shape) != shape:
+            raise ValueError(f"latents must be {shape}, got {tuple(e.shape)}")
         is_trained_in = self.sampling.guidance_scale is not None
         scale = 1.0 if guidance_scale is None or is_trained_in else guidance_scale
 
@@ -189,17 +190,10 @@ class MeanFlowPipeline(DiffusionPipeline):
                 return average_velocity(net, z, t, r, cond, self.sampling.prediction, self.sampling.t_min)
 
             guided = u_fn if scale == 1 else cfg(u_fn, known, self.num_classes, scale)
-            z = SOLVERS[solver](guided, e.to(self._execution_device, torch.float32), num_inference_steps)
+            z = SOLVERS[solver](guided, e.float(), num_inference_steps)
         images = self.to_images(z, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def draw_noise(self, generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> Tensor:
-        generators = generator if isinstance(generator, list) else [generator] * batch_size
-        if len(generators) != batch_size:
-            raise ValueError(f"generator must be one, or {batch_size}, got {len(generators)}")
-        draws = [torch.randn(self.shape, generator=g, device=g.device if g else "cpu") for g in generators]
-        return torch.stack([draw.to(self._execution_device) for draw in draws])
 
     def to_images(self, z: Tensor, output_type: str):
         if output_type != "latent" and self.vae is not None:
@@ -215,12 +209,12 @@ class MeanFlowPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, **options)
         folder = Path(save_directory)
         name, network = network_file(type(self.net))
-        copies = {"pipeline_meanflow.py": Path(__file__), f"net/{name}.py": network}
-        copies |= {"sampler.py": Path(inspect.getfile(cfg)), "noise.py": Path(inspect.getfile(noise))}
-        for target, source in copies.items():
+        for source, target in ((inspect.getfile(cfg), "sampler.py"), (inspect.getfile(noise), "noise.py")):
             shutil.copyfile(source, folder / target)
-        pipeline = folder / "pipeline_meanflow.py"  # finds its two companions beside it, instead of in the package
-        pipeline.write_text(pipeline.read_text().replace("\nfrom meanflow.", "\nfrom ."))
+        shutil.copyfile(network, folder / f"net/{name}.py")
+        # The copy finds its two companions beside it, instead of in the package.
+        code = Path(__file__).read_text().replace("\nfrom meanflow.", "\nfrom .")
+        (folder / "pipeline_meanflow.py").write_text(code)
         for path in (folder / "model_index.json", *folder.glob("*/config.json")):
             config = json.loads(path.read_text())
             config.pop("_name_or_path", None)  # where it lay on this machine

@@ -15,17 +15,16 @@ from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from meanflow.config import FREE_ON_RESUME, TrainConfig, different, flatten, recipe_fields, with_defaults
+from meanflow.config import FREE_ON_RESUME, TrainConfig, different, flatten, with_defaults
 from meanflow.fetch import fetch
 from meanflow.files import checksum, errors_as, first_line, read_json, sync, write_json
 from meanflow.objectives.base import Objective
-from meanflow.publishing.checkpoints import CHECKSUMS, SAMPLING, checkpoints
+from meanflow.publishing.checkpoints import CHECKSUMS, checkpoints
 from meanflow.publishing.pipeline import network_file
 from meanflow.training.ema import Averages
 
@@ -36,27 +35,31 @@ WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 PLACES = {"source", "vae", "vae_revision", "meanflow"}
 
 
-def check_folder(folder: Path, recipe: TrainConfig, objective: type[Objective], metadata: dict) -> None:
-    """Refuses the folder of a run or checkpoint of another recipe or of other data, naming the fields that differ."""
+def check_folder(folder: Path, fields: dict, metadata: dict) -> None:
+    """Refuses the folder of a run or checkpoint of another recipe or of other data, naming what differs.
+
+    Args:
+        fields: the recipe as recipe.json has it.
+        metadata: the data's.
+    """
     diff = []
     if (folder / "recipe.json").exists():
-        old = with_defaults(read_json(folder / "recipe.json"))
-        diff += different(old, recipe_fields(recipe, objective.__name__), FREE_ON_RESUME)
+        diff += different(with_defaults(read_json(folder / "recipe.json")), fields, FREE_ON_RESUME)
     if (folder / "data.json").exists():
-        fields = different(read_json(folder / "data.json"), metadata, PLACES)
-        diff += [(f"the data's {name}", there, here) for name, there, here in fields]
+        differing = different(read_json(folder / "data.json"), metadata, PLACES)
+        diff += [(f"the data's {name}", there, here) for name, there, here in differing]
     if diff:
         words = ", ".join(f"{name} {there!s:.80} there, {here!s:.80} here" for name, there, here in diff)
         raise ValueError(f"{folder} belongs to another recipe ({words}): choose another --out, or remove it")
 
 
-def claim_folder(recipe: TrainConfig, objective: type[Objective], metadata: dict) -> FileLock:
-    """Marks recipe.out as this recipe's, on these data, and locks it until the lock is released."""
-    check_folder(recipe.out, recipe, objective, metadata)
-    recipe.out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(recipe.out)
-    write_json(recipe.out / "recipe.json", recipe_fields(recipe, objective.__name__))
-    write_json(recipe.out / "data.json", metadata)
+def claim_folder(folder: Path, fields: dict, metadata: dict) -> FileLock:
+    """Marks a run's folder as this recipe's, on these data, and locks it until the lock is released."""
+    check_folder(folder, fields, metadata)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder)
+    write_json(folder / "recipe.json", fields)
+    write_json(folder / "data.json", metadata)
     return lock
 
 
@@ -97,16 +100,8 @@ def on_processes(accelerator: Accelerator, part: Callable, *args, only_main: boo
 class CheckpointWriter:
     """Saves the steps of a run. Sharded weights are gathered, so that every checkpoint is what one process writes."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        recipe: TrainConfig,
-        metadata: dict,
-        objective: Objective,
-        averages: Averages,
-        optimizer: Optimizer,
-    ):
-        self.accelerator, self.recipe, self.metadata = accelerator, recipe, metadata
+    def __init__(self, accelerator, recipe, fields, metadata, objective: Objective, averages: Averages, optimizer):
+        self.accelerator, self.recipe, self.fields, self.metadata = accelerator, recipe, fields, metadata
         self.objective, self.averages, self.optimizer = objective, averages, optimizer
 
     def save(self, progress: dict) -> bool:
@@ -139,11 +134,10 @@ class CheckpointWriter:
     def begin(self, temporary: Path, progress: dict) -> None:
         remove_temporary(self.recipe.out)
         temporary.mkdir(parents=True)
-        objective = type(self.objective)
-        write_json(temporary / "recipe.json", recipe_fields(self.recipe, objective.__name__))
-        write_json(temporary / "data.json", self.metadata)
-        write_json(temporary / SAMPLING, objective.sampling(self.recipe.objective)._asdict())
-        write_json(temporary / "step.json", progress)
+        sampling = self.objective.sampling(self.recipe.objective)._asdict()
+        parts = {"recipe": self.fields, "data": self.metadata, "sampling": sampling, "step": progress}
+        for name, fields in parts.items():
+            write_json(temporary / f"{name}.json", fields)
 
     def save_network(self, source: Module, place: Path) -> None:
         net = self.objective.net
@@ -163,7 +157,8 @@ class CheckpointWriter:
             save_file(flatten(state.get("state", {})), temporary / OPTIMIZER)
 
     def save_objective(self, temporary: Path) -> None:
-        values = {name: whole_tensor(value) for name, value in self.objective.own_state().items()}  # by all processes
+        state = self.objective.own_state().items()
+        values = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state}  # by all processes
         if values and self.accelerator.is_main_process:
             save_file(values, temporary / OBJECTIVE)
 
@@ -180,11 +175,6 @@ class CheckpointWriter:
         for old in checkpoints(out)[: -self.recipe.keep]:
             old.rename(out / f".{old.name}.tmp")  # so that a kill during its removal leaves no half of it in sight
         remove_temporary(out)
-
-
-def whole_tensor(value: Tensor) -> Tensor:
-    value = value.full_tensor() if isinstance(value, DTensor) else value
-    return value.detach().cpu().contiguous()
 
 
 def remove_temporary(out: Path) -> None:
@@ -211,8 +201,9 @@ def choose_checkpoint(recipe: TrainConfig) -> Path | None:
 
 def load_modules(folder: Path, objective: Objective, averages: Averages) -> None:
     """Restores the network, its averages and the objective's own modules, before they are sharded."""
-    for target, place in [(objective.net, "model"), *((average, f"ema/{name}") for name, average in averages.items())]:
-        target.load_state_dict(type(objective.net).from_pretrained(folder / place).state_dict())
+    places = {"model": objective.net, **{f"ema/{name}": average for name, average in averages.items()}}
+    for place, net in places.items():
+        net.load_state_dict(type(objective.net).from_pretrained(folder / place).state_dict())
     if (folder / OBJECTIVE).exists():
         objective.load_state_dict(load_file(folder / OBJECTIVE), strict=False)
 

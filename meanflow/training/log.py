@@ -4,7 +4,7 @@ import json
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,10 +49,18 @@ class Log:
 
     @contextmanager
     def clock(self, what: str) -> Iterator[None]:
-        """Counts the seconds inside as spent on `what`: data, saving or samples."""
+        """Counts the seconds inside as spent on `what`: saving or samples."""
         begin = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - begin
+
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches, one by one; counts the seconds that the loop waits for them."""
+        begin = time.perf_counter()
+        for batch in batches:
+            self.seconds["data"] += time.perf_counter() - begin
+            yield batch
+            begin = time.perf_counter()
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Notes the metrics of one micro-batch, without waiting for the device."""
@@ -91,19 +99,16 @@ class Log:
         return {shown.replace("_", " "): f"{means[shown]:.4g}", "images/s": f"{rate:.0f}"}
 
     def draw_curves(self) -> None:
-        """Draws loss.png; on the main process."""
-        if self.path.exists():
+        """Draws loss.png."""
+        if self.accelerator.is_main_process and self.path.exists():
             save_curves(read_log(self.path, CURVE_POINTS), self.recipe.out / "loss.png")
 
 
 def split_channels(line: dict) -> dict:
     """The line with every list as numbers, raw_loss_channels/0 and so on, as trackers take them."""
-    numbers = {}
-    for name, value in line.items():
-        parts = (
-            {f"{name}/{channel}": v for channel, v in enumerate(value)} if isinstance(value, list) else {name: value}
-        )
-        numbers |= parts
+    numbers = {name: value for name, value in line.items() if not isinstance(value, list)}
+    for name in line.keys() - numbers.keys():
+        numbers |= {f"{name}/{channel}": value for channel, value in enumerate(line[name])}
     return numbers
 
 

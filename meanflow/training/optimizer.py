@@ -22,7 +22,9 @@ def make_optimizer(objective: Objective, recipe: TrainConfig, make: MakeOptimize
         ValueError: it cannot skip a step whose gradient is not finite.
     """
     groups = objective.parameter_groups(recipe.lr)
-    optimizer = (make or adam)(split_by_decay(objective, groups, recipe.weight_decay), recipe)
+    if recipe.weight_decay:
+        groups = split_by_decay(objective, groups, recipe.weight_decay)
+    optimizer = (make or adam)(groups, recipe)
     # Optimisers that can read `found_inf`, and then skip the step on the device, say so by this attribute of torch's.
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         name = type(optimizer).__name__
@@ -38,23 +40,15 @@ def adam(groups: list[dict], recipe: TrainConfig) -> Optimizer:
 
 
 def split_by_decay(objective: Objective, groups: list[dict], weight_decay: float) -> list[dict]:
-    """Each group once with the weight decay, and once without for its norms, biases and embeddings."""
-    if weight_decay == 0:
-        return groups
-    decayed = {id(p) for p in decayed_parameters(objective)}
+    """Each group once with the weight decay, and once without, for its norms, biases and embeddings."""
+    embeddings = {id(p) for m in objective.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     split = []
     for group in groups:
-        for decay, is_decayed in ((weight_decay, True), (0.0, False)):
-            chosen = [p for p in group["params"] if (id(p) in decayed) == is_decayed]
-            if chosen:
-                split.append({"weight_decay": decay, **group, "params": chosen})
-    return split
-
-
-def decayed_parameters(objective: nn.Module) -> list[nn.Parameter]:
-    """The parameters with two axes or more, so neither norms nor biases, that are no embedding."""
-    embeddings = {id(p) for m in objective.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    return [p for p in objective.parameters() if p.ndim > 1 and id(p) not in embeddings]
+        spared = [p for p in group["params"] if p.ndim < 2 or id(p) in embeddings]
+        decayed = [p for p in group["params"] if p.ndim >= 2 and id(p) not in embeddings]
+        split += [{**group, "params": decayed, "weight_decay": weight_decay}]
+        split += [{**group, "params": spared, "weight_decay": 0.0}]
+    return [group for group in split if group["params"]]
 
 
 def set_rates(optimizer: Optimizer, recipe: TrainConfig, step: int, total: int) -> None:

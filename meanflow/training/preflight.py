@@ -1,6 +1,5 @@
 """What a run will be, before it begins, and the refusal of what cannot work. meanflow/training/screen.py shows it."""
 
-import inspect
 import math
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from meanflow.config import TrainConfig
+from meanflow.config import TrainConfig, recipe_fields
 from meanflow.data.base import Data
 from meanflow.data.loader import SlotBatches
 from meanflow.objectives import OBJECTIVES
@@ -72,7 +71,7 @@ def make_net(recipe: TrainConfig, data: Data, own: type[ModelMixin] | None = Non
     """
     if own is None and recipe.model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {recipe.model}")
-    if own is not None and not is_own_file(own):
+    if own is not None and own.__module__ == "__main__":
         raise ValueError(f"net: {own.__name__} must stand in a file of its own, which travels with its weights")
     channels, *size = data.shape
     sizes = recipe.net
@@ -87,11 +86,6 @@ def make_net(recipe: TrainConfig, data: Data, own: type[ModelMixin] | None = Non
     if augment_dim != (6 if recipe.augment else 0):
         raise ValueError(f"net.augment_dim must be 6 with augment and 0 without, got {augment_dim}")
     return net
-
-
-def is_own_file(network: type) -> bool:
-    """Whether a network stands in a file that can be imported without running a recipe."""
-    return network.__module__ != "__main__" and Path(inspect.getfile(network)).is_file()
 
 
 def total_steps(recipe: TrainConfig, data: Data) -> int:
@@ -128,15 +122,14 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own: Part
     for name in recipe.track:
         if find_spec(name) is None:
             raise ValueError(f"track: {name} is not installed: pip install 'meanflow[track]'")
-    check_folder(recipe.out, recipe, objective, data.metadata)
     start = choose_checkpoint(recipe)
-    if start is not None:
-        check_folder(start, recipe, objective, data.metadata)
+    for folder in filter(None, (recipe.out, start)):
+        check_folder(folder, recipe_fields(recipe, objective.__name__), data.metadata)
     with torch.device("meta"):
         net = make_net(recipe, data, own.net)
     total = total_steps(recipe, data)
     batches = SlotBatches(recipe, objective, len(data), range(total), 0, num_processes)
-    objective.check(recipe.objective, net, data.shape, data.num_classes)
+    objective.check(recipe.objective, net.train(), data.shape, data.num_classes)
     free_disk = check_disk(recipe, total, checkpoint_bytes(recipe, net))
     return Plan(recipe, data, objective, net, num_processes, batches.micro_batch, total, free_disk, start)
 
@@ -162,12 +155,9 @@ def find_warnings(recipe: TrainConfig, total: int, objective: type[Objective]) -
         share = f"{recipe.warmup_steps / total:.0%} of the run's {total:,} steps"
         found.append(f"the warm-up of {recipe.warmup_steps:,} steps is {share}: lower --warmup-steps or train longer")
     for decay in recipe.ema_decay:
-        left = decay**total
-        if left > 0.05:
-            advice = "lower --ema-decay or train longer"
-            found.append(
-                f"the average with decay {decay:g} will still hold {left:.0%} of the initial weights: {advice}"
-            )
+        if decay**total > 0.05:
+            fact = f"the average with decay {decay:g} will still hold {decay**total:.0%} of the initial weights"
+            found.append(f"{fact}: lower --ema-decay or train longer")
     if recipe.checkpoint_every > total:
         advice = f"--checkpoint-every {max(1, total // 4)} loses less if the run is killed"
         found.append(f"a checkpoint every {recipe.checkpoint_every:,} steps, and the run has {total:,}: {advice}")

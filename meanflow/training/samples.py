@@ -10,7 +10,7 @@ from meanflow.data.base import Data
 from meanflow.noise import generator, noise
 from meanflow.objectives.base import Sampling
 from meanflow.pictures import save_grid
-from meanflow.sampler import Cond, average_velocity, sample
+from meanflow.sampler import average_velocity, sample
 
 
 @torch.no_grad()
@@ -19,33 +19,20 @@ def draw_samples(
 ) -> None:
     """Writes samples/step-....png: one-step samples, a column for each class; of fixed pairs, their images again.
 
+    Conditions beside the class are those of the first samples.
+
     All processes draw the same samples, because the network may be sharded.
     """
     columns = min(data.num_classes, 10) or 8
     rows = 8 if data.shape[-1] <= 16 else 4
-    if recipe.fixed_noise:
-        indices = range(min(64, len(data)))
-        cond = conditions_of(data, indices, recipe.seed)
-    else:
-        indices = range(columns * rows)
-        cond = conditions_to_show(data, indices, columns, recipe.seed)
-    e, cond = send_to_device((noise(recipe.seed, indices, data.shape), cond), accelerator.device)
+    count = min(64, len(data)) if recipe.fixed_noise else columns * rows
+    _, cond = data.batch(range(1), [generator(recipe.seed, 0, "data")])
+    if recipe.fixed_noise or cond.keys() - {"y"}:  # the conditions of the first samples
+        indices = [index % len(data) for index in range(count)]
+        _, cond = data.batch(indices, (generator(recipe.seed, index, "data") for index in indices))
+    if data.num_classes and not recipe.fixed_noise:
+        cond["y"] = torch.linspace(0, data.num_classes - 1, columns).long().repeat(rows)
+    e, cond = send_to_device((noise(recipe.seed, range(count), data.shape), cond), accelerator.device)
     x = sample(lambda z, t, r: average_velocity(net, z, t, r, cond, sampling.prediction, sampling.t_min), e)
     if accelerator.is_main_process:
         save_grid(data.to_pixels(x), recipe.out / "samples" / f"step-{step:08d}.png", columns)
-
-
-def conditions_of(data: Data, indices: range, seed: int) -> Cond:
-    _, cond = data.batch(indices, (generator(seed, index, "data") for index in indices))
-    return cond
-
-
-def conditions_to_show(data: Data, indices: range, columns: int, seed: int) -> Cond:
-    """Classes that are evenly spread, one in each column; further conditions are those of the first samples."""
-    cond = {}
-    if set(conditions_of(data, range(1), seed)) - {"y"}:
-        cond = conditions_of(data, [index % len(data) for index in indices], seed)
-    if data.num_classes:
-        classes = torch.linspace(0, data.num_classes - 1, columns).long()
-        cond["y"] = classes.repeat(len(indices) // columns)
-    return cond

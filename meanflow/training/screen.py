@@ -7,37 +7,29 @@ from meanflow.config import TrainConfig
 from meanflow.data.base import Data
 from meanflow.data.sources import load_data
 from meanflow.publishing.checkpoints import saved_step
-from meanflow.training.preflight import (
-    Parts,
-    Plan,
-    checkpoint_bytes,
-    checkpoints_at_once,
-    find_warnings,
-    gib,
-    memory,
-    num_parameters,
-    preflight,
-)
+from meanflow.training import preflight
+from meanflow.training.preflight import Parts, Plan, gib
 
 
 def render(plan: Plan) -> str:
     """The plan in lines of the form `name value`."""
-    recipe, G = plan.recipe, plan.recipe.global_batch
+    recipe, net, G = plan.recipe, plan.net, plan.recipe.global_batch
     shards = plan.num_processes if os.environ.get("ACCELERATE_USE_FSDP") == "true" else 1
-    parts = memory(recipe, plan.net, shards)
-    held = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+    memory = preflight.memory(recipe, net, shards)
+    held = ", ".join(f"{name} {gib(size)}" for name, size in memory.items())
     held += "; activations come on top" + (" and the weights of two blocks" if shards > 1 else "")
     division = f"{plan.micro_batch} x {plan.num_processes} processes x {recipe.accumulation_steps} accumulation steps"
-    size, at_once = gib(checkpoint_bytes(recipe, plan.net)), checkpoints_at_once(recipe, plan.total)
+    size, at_once = gib(preflight.checkpoint_bytes(recipe, net)), preflight.checkpoints_at_once(recipe, plan.total)
     begins = f"the weights of {recipe.init_from}" if recipe.init_from else "fresh weights"
     resumes = f"after step {saved_step(plan.start):,}, from {plan.start}" if plan.start else f"nothing: from {begins}"
+    small = ", made small" if recipe.smoke else ""
     lines = {
-        "network": f"{recipe.model}{', made small' if recipe.smoke else ''}: {num_parameters(plan.net):,} parameters",
+        "network": f"{recipe.model}{small}: {preflight.num_parameters(net):,} parameters",
         "data": describe_data(recipe, plan.data),
         "batch": f"{G} = {division}",
         "length": f"{plan.total:,} steps = {plan.total * G / len(plan.data):,.6g} epochs",
         **plan.objective.describe(recipe.objective, G),
-        "memory": f"{gib(sum(parts.values()))} a process: {held}",
+        "memory": f"{gib(sum(memory.values()))} a process: {held}",
         "disk": f"a checkpoint {size}, at most {at_once} at once; {gib(plan.free_disk)} free in {recipe.out}",
         "resumes": resumes,
     }
@@ -46,28 +38,24 @@ def render(plan: Plan) -> str:
 
 def describe_data(recipe: TrainConfig, data: Data) -> str:
     source = "random latents" if recipe.smoke and recipe.vae else recipe.data
-    words = [f"{source}: {len(data):,} x {' x '.join(map(str, data.shape))}"]
-    if recipe.vae:
-        words[0] += f" by {recipe.vae}"
-    if data.encode is not None:
-        words.append("encoded at each step")
-    words.append(f"{data.num_classes or 'no'} classes")
-    if recipe.flip:
-        words.append("mirrored at random")
-    return ", ".join(words)
+    made_by = f" by {recipe.vae}" if recipe.vae else ""
+    when = ", encoded at each step" if data.encode is not None else ""
+    mirrored = ", mirrored at random" if recipe.flip else ""
+    size = " x ".join(map(str, (f"{len(data):,}", *data.shape)))
+    return f"{source}: {size}{made_by}{when}, {data.num_classes or 'no'} classes{mirrored}"
 
 
 def show(plan: Plan) -> None:
     """Prints the screen, and the warnings below it; on one process."""
     print(render(plan))
-    for warning in find_warnings(plan.recipe, plan.total, plan.objective):
+    for warning in preflight.find_warnings(plan.recipe, plan.total, plan.objective):
         print(f"  warning   {warning}", file=sys.stderr)
 
 
 def dry_run(recipe: TrainConfig, own: Parts) -> None:
     """Shows what a run under this launch would be, without a device."""
     data = (own.data or load_data)(recipe)
-    plan = preflight(recipe, data, int(os.environ.get("WORLD_SIZE", 1)), own)
+    plan = preflight.preflight(recipe, data, int(os.environ.get("WORLD_SIZE", 1)), own)
     if int(os.environ.get("RANK", 0)) == 0:
         show(plan)
         print("dry run: nothing was trained or written", file=sys.stderr)

@@ -4,18 +4,15 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, fsdp2_prepare_model, send_to_device, set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from meanflow.config import TrainConfig, recipe_fields
-from meanflow.data.latents import Latents, verify_shards
 from meanflow.data.loader import make_loader
 from meanflow.data.sources import load_data
 from meanflow.files import first_line, read_json
@@ -25,20 +22,13 @@ from meanflow.objectives.jvp import support_fsdp2
 from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
 from meanflow.publishing.export import export
 from meanflow.publishing.hub import Pusher
-from meanflow.training.checkpoint import (
-    CheckpointWriter,
-    claim_folder,
-    init_weights,
-    load_modules,
-    load_optimizer,
-    on_processes,
-    set_aside_later,
-)
+from meanflow.training import checkpoint
+from meanflow.training.checkpoint import CheckpointWriter, on_processes
 from meanflow.training.ema import Averages
 from meanflow.training.guard import Guard, Stop
 from meanflow.training.log import Log
 from meanflow.training.optimizer import make_optimizer, set_rates
-from meanflow.training.preflight import Parts, make_net, objective_class, preflight
+from meanflow.training.preflight import Parts, make_net, preflight
 from meanflow.training.samples import draw_samples
 from meanflow.training.screen import show
 
@@ -53,42 +43,37 @@ class Trainer:
     """
 
     def __init__(self, recipe: TrainConfig, own: Parts = Parts()):
-        self.recipe, objective = recipe, objective_class(recipe, own.objective)
-        self.accelerator = make_accelerator(recipe)
+        self.recipe, self.accelerator = recipe, make_accelerator(recipe)
         set_seed(recipe.seed)
         self.data = (own.data or load_data)(recipe)
         plan = preflight(recipe, self.data, self.accelerator.num_processes, own)
         if self.accelerator.is_local_main_process:
             show(plan)
         self.total, self.start = plan.total, plan.start
-        on_processes(self.accelerator, self.verify_latents, only_main=False)
+        if recipe.verify:
+            share = self.accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            on_processes(self.accelerator, self.data.verify, *share, only_main=False)
         self.net = make_net(recipe, self.data, own.net)
         if recipe.init_from and self.start is None:
-            init_weights(self.net, recipe.init_from)
+            checkpoint.init_weights(self.net, recipe.init_from)
         if recipe.activation_checkpointing:
             self.net.enable_gradient_checkpointing()
-        self.bare = objective(self.net, recipe.objective)  # what is saved and sampled; self.objective may wrap it
+        self.bare = plan.objective(self.net, recipe.objective)  # what is saved; self.objective may wrap it
         self.bare.prepare(self.data)
         self.bare.to(self.accelerator.device)
         self.averages = Averages(self.net, {str(decay): decay for decay in recipe.ema_decay})
         if self.start is not None:
             on_processes(self.accelerator, verify_checkpoint, self.start)
-            load_modules(self.start, self.bare, self.averages)
-        self.optimizer = make_optimizer(self.bare, recipe, own.optimizer)
-        self.objective, self.optimizer = self.accelerator.prepare(self.bare, self.optimizer)
+            checkpoint.load_modules(self.start, self.bare, self.averages)
+        optimizer = make_optimizer(self.bare, recipe, own.optimizer)
+        self.objective, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
         if self.accelerator.is_fsdp2:
             for _, average in self.averages.items():
                 fsdp2_prepare_model(self.accelerator, average)
         self.trained = [p for p in self.bare.parameters() if p.requires_grad]
-        self.lock = on_processes(self.accelerator, claim_folder, recipe, objective, self.data.metadata)
+        self.fields = recipe_fields(recipe, plan.objective.__name__)
+        self.lock = on_processes(self.accelerator, checkpoint.claim_folder, recipe.out, self.fields, self.data.metadata)
         self.pusher = Pusher(recipe) if recipe.push_to_hub and self.accelerator.is_main_process else None
-
-    def verify_latents(self) -> None:
-        """Reads the cache's shards once, a share on each process of a machine, so that no damage stops a run later."""
-        if isinstance(self.data, Latents) and self.recipe.verify:
-            share = slice(self.accelerator.local_process_index, None, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            quiet = not self.accelerator.is_main_process
-            verify_shards(self.data.folder, self.data.shards[share], quiet)
 
     def train(self) -> None:
         """Trains to the last step.
@@ -97,11 +82,12 @@ class Trainer:
             SystemExit: with a code of training/guard.py, when something ends the run before; all processes leave
                 together.
         """
-        recipe, accelerator, optimizer = self.recipe, self.accelerator, self.optimizer.optimizer
+        recipe, accelerator = self.recipe, self.accelerator
         progress = self.restore()
         self.step = first_step = progress["step"]
-        self.log = Log(accelerator, recipe, recipe_fields(recipe, type(self.bare).__name__), progress)
-        self.writer = CheckpointWriter(accelerator, recipe, self.data.metadata, self.bare, self.averages, optimizer)
+        self.log = Log(accelerator, recipe, self.fields, progress)
+        saved = self.fields, self.data.metadata, self.bare, self.averages, self.optimizer.optimizer
+        self.writer = CheckpointWriter(accelerator, recipe, *saved)
         if self.step:
             accelerator.print(f"{recipe.out}: resumes after step {self.step} of {self.total}")
         bar = {"initial": self.step, "unit": "step", "mininterval": 1}
@@ -111,7 +97,7 @@ class Trainer:
         self.objective.train()
         self.raw_loss, self.saved, stop = 0.0, True, None
         with Guard(accelerator, recipe, progress) as self.guard:
-            for micro_step, batch in enumerate(self.timed(loader), start=self.step * recipe.accumulation_steps):
+            for micro_step, batch in enumerate(self.log.timed(loader), start=self.step * recipe.accumulation_steps):
                 self.train_step(batch, micro_step)
                 if accelerator.sync_gradients:
                     stop = self.after_step()
@@ -122,16 +108,6 @@ class Trainer:
                 fault = "the run was stopped" if stop else None if self.saved else "the last step is not saved"
                 self.publish(fault, self.step > first_step)
         self.leave(stop)
-
-    def timed(self, loader: DataLoader) -> Iterator[Batch]:
-        """The loader's batches; the log counts the seconds that the loop waits for them."""
-        batches = iter(loader)
-        while True:
-            with self.log.clock("data"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
 
     def train_step(self, batch: Batch, micro_step: int) -> None:
         """One micro-batch: to the device, through the objective, backward; the last of a step moves the weights."""
@@ -186,15 +162,10 @@ class Trainer:
                     self.pusher.start(checkpoints(recipe.out)[-1])
         if self.step % recipe.sample_every == 0 or is_last:
             with log.clock("samples"):
-                self.draw_samples()
+                average, sampling = self.averages[str(recipe.ema_decay[0])], self.bare.sampling(recipe.objective)
+                draw_samples(recipe, self.data, average, sampling, self.accelerator, self.step)
+                log.draw_curves()
         return stop
-
-    def draw_samples(self) -> None:
-        recipe, accelerator = self.recipe, self.accelerator
-        net, sampling = self.averages[str(recipe.ema_decay[0])], type(self.bare).sampling(recipe.objective)
-        draw_samples(recipe, self.data, net, sampling, accelerator, self.step)
-        if accelerator.is_main_process:
-            self.log.draw_curves()
 
     def publish(self, fault: str | None, trained: bool) -> None:
         """Exports a finished run into pipeline/ and pushes it; a failure of either does not touch the run.
@@ -220,8 +191,8 @@ class Trainer:
         if self.start is None:
             return {"step": 0}
         if self.accelerator.is_main_process:
-            set_aside_later(self.recipe.out, self.start)
-        load_optimizer(self.start, self.bare, self.optimizer.optimizer)
+            checkpoint.set_aside_later(self.recipe.out, self.start)
+        checkpoint.load_optimizer(self.start, self.bare, self.optimizer.optimizer)
         return read_json(self.start / "step.json")
 
     def leave(self, stop: Stop | None) -> None:
@@ -249,14 +220,9 @@ def make_accelerator(recipe: TrainConfig) -> Accelerator:
         ValueError: the launch is not what it looks like, or FSDP is set up in a way that cannot work.
     """
     check_launch()
-    on_cpu = not torch.accelerator.is_available()
-    places = {"log_with": list(recipe.track) or None, "project_dir": recipe.out}
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=recipe.accumulation_steps,
-        **places,
-    )
+    options = {"mixed_precision": recipe.mixed_precision, "gradient_accumulation_steps": recipe.accumulation_steps}
+    options |= {"log_with": list(recipe.track) or None, "project_dir": recipe.out}
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **options)
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched that do not know of each other")
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -269,8 +235,8 @@ def make_accelerator(recipe: TrainConfig) -> Accelerator:
 def check_launch() -> None:
     """Refuses the launches of accelerate that start one process where several were asked for."""
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
-        advice = "add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml or torchrun"
-        raise ValueError(f"accelerate launch was asked for several processes and started one: {advice}")
+        fact = "accelerate launch was asked for several processes and started one"
+        raise ValueError(f"{fact}: add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml")
 
 
 def prepare_sharding(accelerator: Accelerator) -> None:
@@ -280,8 +246,7 @@ def prepare_sharding(accelerator: Accelerator) -> None:
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
-        wanted = "fsdp_version 2, with fsdp_cpu_ram_efficient_loading false"
-        raise ValueError(f"FSDP must be of {wanted}: see accelerate_configs/fsdp2.yaml")
+        raise ValueError("FSDP must be version 2, without cpu_ram_efficient_loading: see accelerate_configs/fsdp2.yaml")
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # a tensor with its tangent is one
     support_fsdp2()

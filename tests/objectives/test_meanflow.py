@@ -325,7 +325,7 @@ def test_finite_difference_objective_is_near_the_exact_one():
     draws = make_draws(exact, (3, 4, 4), seed=0, slots=order_slots(exact, range(8), 8))
     raw, near = (MeanFlow(net, config)(batch_of(x, y, draws)).metrics["du_dt"] for config in (exact, approximate))
     torch.testing.assert_close(near, raw, rtol=1e-3, atol=0)
-    with pytest.raises(ValueError, match="jvp must be exact for a network with active dropout"):
+    with pytest.raises(ValueError, match="objective.jvp must be exact for a network with dropout"):
         MeanFlow(DropoutNet().train(), approximate)(batch_of(x, y, draws))
 
 
@@ -420,7 +420,7 @@ def bad_call(change):
     [
         (lambda d: {"y": torch.tensor([0, 1, 6, 2])}, r"classes must be in \[0, 5\], got 0 to 6"),
         (lambda d: {"y": torch.tensor([0, 1, -1, 2])}, r"classes must be in \[0, 5\], got -1 to 2"),
-        (lambda d: {"y": None, "config": {"kappa": 0.5}}, "omega and kappa must be 1 and 0 without classes"),
+        (lambda d: {"y": None, "config": {"kappa": 0.5}}, "kappa must be 1 and 0 for data without classes"),
         (lambda d: {"config": {"channel_weights": (1.0, 2.0)}}, "channel_weights must be 3 numbers"),
         (lambda d: {"y": torch.zeros(4)}, "int64, got .* torch.float32"),
         (lambda d: {"x": torch.randn(4, 2, 4, 4)}, r"noise must be \(4, 2, 4, 4\) like the data"),

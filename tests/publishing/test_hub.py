@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import meanflow.publishing.hub
 from meanflow.config import TrainConfig
 from meanflow.data.vae import fingerprint, load_vae, vae_metadata
-from meanflow.publishing.loading import load_pipeline
+from meanflow.publishing.checkpoints import load_pipeline
 from meanflow.training.checkpoint import init_weights
 from meanflow.training.trainer import Trainer
 

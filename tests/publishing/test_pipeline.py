@@ -96,8 +96,12 @@ def test_network_without_classes_takes_a_batch_size():
     "objective, how, message",
     [
         ({"omega": 0.2, "kappa": 0.92}, {"guidance_scale": 4.0}, "trained into this network, at scale 2.5, and costs"),
-        ({"class_dropout_prob": 0.0}, {"guidance_scale": 4.0}, "never learned .class_dropout_prob 0.: leave it out"),
-        ({"null_class": "flow"}, {"guidance_scale": 4.0}, "learned only at r = t .null_class flow.: leave it out, or"),
+        (
+            {"class_dropout_prob": 0.0},
+            {"guidance_scale": 4.0},
+            "never trained here .class_dropout_prob 0.: leave it out",
+        ),
+        ({"null_class": "flow"}, {"guidance_scale": 4.0}, "only at r = t .null_class flow.: leave it out, or"),
         (
             {"meanflow_ratio": 0.0},
             {"solver": "meanflow"},

@@ -14,8 +14,7 @@ from torch import nn
 from meanflow.config import TrainConfig
 from meanflow.objectives.base import Batch, Output
 from meanflow.objectives.meanflow import MeanFlow
-from meanflow.publishing.checkpoints import checkpoints
-from meanflow.publishing.loading import load_pipeline
+from meanflow.publishing.checkpoints import checkpoints, load_pipeline
 from meanflow.training.optimizer import make_optimizer
 from meanflow.training.preflight import Parts
 from meanflow.training.trainer import Trainer
