@@ -208,7 +208,10 @@ class DiT(ModelMixin, ConfigMixin):
         grid = self.x_embedder.grid_size
         axes = len(grid)
         x = x.unflatten(1, grid).unflatten(-1, (*[self.config.patch_size] * axes, -1))  # (B, *grid, p, p, C)
-        x = x.permute(0, -1, *(i for axis in range(1, axes + 1) for i in (axis, axis + axes)))
+        order = [0, -1]  # the batch, the channels, and then each axis of the grid beside the same axis of the patches
+        for axis in range(1, axes + 1):
+            order += [axis, axis + axes]
+        x = x.permute(*order)
         for axis in range(2, axes + 2):
             x = x.flatten(axis, axis + 1)
         return x

@@ -1,14 +1,13 @@
 """Augmentation by EDM (arXiv:2206.00364): it does not leak into the samples, because the network is told of it."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def augment(x: Tensor, p: float, generators: Iterable[torch.Generator]) -> tuple[Tensor, Tensor]:
+def augment(x: Tensor, p: float, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
     """Mirrors, scales, stretches and shifts images at random, with the settings of the authors' CIFAR-10 runs.
 
     EDM resamples through a wavelet; here it is bicubic. Beyond the edges the image is reflected.

@@ -1,6 +1,5 @@
 """The protocol of data. Data of your own are one class that follows it."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ class Data:
     def __len__(self) -> int:
         return self.metadata["count"]
 
-    def batch(self, indices: Sequence[int], generators: Iterable[torch.Generator]) -> tuple[Any, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Any, Cond]:
         """These samples, and the conditions that go to the network by keyword.
 
         Args:
@@ -94,5 +93,5 @@ class InMemory(Data):
         classes = [str(label) for label in range(self.num_classes)]
         self.metadata = {"count": len(self.x), "classes": classes, "latents": self.latents}
 
-    def batch(self, indices: Sequence[int], generators: Iterable[torch.Generator]) -> tuple[Tensor, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, Cond]:
         return self.x[indices], {"y": self.y[indices]} if self.num_classes else {}

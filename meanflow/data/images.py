@@ -1,7 +1,6 @@
 """Images of any source that datasets reads, cropped as ImageNet's reference statistics assume."""
 
 import io
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +151,7 @@ class ImageFiles(Data):
             raise UnreadableSample(f"{self.name(index)} is {height} x {width}, not {size} x {size}: --crop cuts it")
         return torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1)
 
-    def batch(self, indices: Sequence[int], generators: Iterable[torch.Generator]) -> tuple[Tensor, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, Cond]:
         x = torch.stack([self.pixels(index) for index in indices]) if self.memory is None else self.memory[indices]
         x = x.float() / 127.5 - 1
         if self.flip:

@@ -11,7 +11,6 @@ The moments are the VAE's own, neither shifted nor scaled. tools/cache_latents.p
 import bisect
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +55,7 @@ def read_metadata(folder: Path) -> dict:
     return metadata
 
 
-def verify_shards(folder: Path, shards: Sequence[dict], quiet: bool = False) -> None:
+def verify_shards(folder: Path, shards: list[dict], quiet: bool = False) -> None:
     """Reads these shards and compares their checksums, with a progress bar unless quiet.
 
     Raises:
@@ -147,7 +146,7 @@ class Latents(LatentSpace):
         self.labels = torch.from_numpy(np.concatenate(labels))
         self.ends = list(itertools.accumulate(map(len, labels)))
 
-    def read(self, indices: Sequence[int], flips: Sequence[int]) -> Tensor:
+    def read(self, indices: list[int], flips: list[int]) -> Tensor:
         """The moments of these images, (B, 2, C, H, W) float16; flip 1 is the mirror image."""
         out = np.empty((len(indices), 2, *self.shape), np.float16)
         for row, (index, flip) in enumerate(zip(indices, flips)):
@@ -155,7 +154,7 @@ class Latents(LatentSpace):
             out[row] = self.moments[shard][index - self.ends[shard], flip]  # counted from the shard's end
         return torch.from_numpy(out)
 
-    def batch(self, indices: Sequence[int], generators: Iterable[torch.Generator]) -> tuple[Tensor, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, Cond]:
         flips, noise = [], torch.empty(len(indices), *self.shape)
         for row, random in enumerate(generators):
             flips.append(int(self.recipe.flip and torch.rand((), generator=random) < 0.5))
@@ -190,8 +189,7 @@ class EncodedImages(LatentSpace):
         metadata = {**images.metadata, **vae_metadata(vae, recipe.vae), "normalization": recipe.normalization}
         super().__init__(metadata, shift, scale, vae)
 
-    def batch(self, indices: Sequence[int], generators: Iterable[torch.Generator]) -> tuple[tuple, Cond]:
-        generators = list(generators)
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[tuple, Cond]:
         pixels, cond = self.images.batch(indices, generators)
         noise = torch.stack([torch.randn(self.shape, generator=random) for random in generators])
         return (pixels, noise), cond if self.num_classes else {}

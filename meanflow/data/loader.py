@@ -68,13 +68,12 @@ class SlotData(Dataset):
     def __getitems__(self, batch: list[tuple[int, int]]) -> Batch:
         indices, slots = map(list, zip(*batch))
         recipe, shape = self.recipe, self.data.shape
-        x, cond = self.data.batch(indices, (generator(recipe.seed, slot, "data") for slot in slots))
+        x, cond = self.data.batch(indices, [generator(recipe.seed, slot, "data") for slot in slots])
         draws = self.objective.make_draws(recipe.objective, shape, recipe.seed, slots, recipe.global_batch)
         if recipe.fixed_noise:
             draws = replace(draws, e=noise(recipe.seed, indices, shape))
         if recipe.augment:
-            generators = (generator(recipe.seed, slot, "augment") for slot in slots)
-            x, labels = augment(x, recipe.augment, generators)
+            x, labels = augment(x, recipe.augment, [generator(recipe.seed, slot, "augment") for slot in slots])
             cond = {**cond, "augment_labels": labels}
         return Batch(x, draws, cond)
 

@@ -20,8 +20,6 @@ def load_vae(name: str) -> AutoencoderKL:
     with errors_as("vae"):
         folder = fetch(name)
     with errors_as(f"vae: {name} cannot be loaded as an AutoencoderKL"):
-        if not (folder / "config.json").is_file():
-            raise ValueError("it has no config.json")
         kind = read_json(folder / "config.json").get("_class_name")
         if kind != "AutoencoderKL":
             raise ValueError(f"its config.json is of {kind}")

@@ -1,6 +1,5 @@
 """Volumes, such as the latents of scans: a folder of files, and a synthetic set to try things with."""
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ class Volumes(Data):
                 raise ValueError(f"{path}: a volume must be {first}, got {shape}")
         self.metadata = {"source": str(folder), "count": len(self.files), "classes": []}
 
-    def batch(self, indices: Sequence[int], generators: Iterable[torch.Generator]) -> tuple[Tensor, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, Cond]:
         return torch.stack([volume(self.files[index]) for index in indices]), {}
 
 

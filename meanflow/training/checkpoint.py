@@ -117,7 +117,7 @@ class CheckpointWriter:
         try:
             on_processes(self.accelerator, self.begin, temporary, progress)
             on_processes(self.accelerator, self.save_network, self.objective.net, temporary / "model", only_main=False)
-            for name, average in self.averages.items():
+            for name, average in self.averages.nets.items():
                 place = temporary / "ema" / name
                 on_processes(self.accelerator, self.save_network, average, place, only_main=False)
             on_processes(self.accelerator, self.save_optimizer, temporary, only_main=False)
@@ -201,7 +201,7 @@ def choose_checkpoint(recipe: TrainConfig) -> Path | None:
 
 def load_modules(folder: Path, objective: Objective, averages: Averages) -> None:
     """Restores the network, its averages and the objective's own modules, before they are sharded."""
-    places = {"model": objective.net, **{f"ema/{name}": average for name, average in averages.items()}}
+    places = {"model": objective.net, **{f"ema/{name}": average for name, average in averages.nets.items()}}
     for place, net in places.items():
         net.load_state_dict(type(objective.net).from_pretrained(folder / place).state_dict())
     if (folder / OBJECTIVE).exists():

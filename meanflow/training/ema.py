@@ -1,7 +1,5 @@
 """Averaged weights: exponential moving averages by name, stepped once per optimiser step."""
 
-from collections.abc import Iterator
-
 from ema_pytorch import EMA
 from torch import nn
 
@@ -10,7 +8,7 @@ class Averages:
     """Averages of net's weights. Each starts as a copy, is in evaluation mode, and has no warm-up of its decay.
 
     Args:
-        decays: the decay of each average, in [0, 1), by the name that it is saved under.
+        decays: the decay of each average, in [0, 1), by the name that it is saved under; nets has them by these names.
     """
 
     def __init__(self, net: nn.Module, decays: dict[str, float]):
@@ -18,17 +16,12 @@ class Averages:
         buffers = {name for name, _ in net.named_buffers()}
         options = {"include_online_model": False, "use_foreach": True, "param_or_buffer_names_no_ema": buffers}
         self.decays = decays
-        self.nets = {name: EMA(net, beta=decay, **options) for name, decay in decays.items()}
-        for ema in self.nets.values():
+        self.averaging = {name: EMA(net, beta=decay, **options) for name, decay in decays.items()}
+        self.nets = {name: ema.ema_model for name, ema in self.averaging.items()}
+        for ema in self.averaging.values():
             ema.eval()  # the averaged network, too: otherwise pictures would show dropout
 
     def update(self, net: nn.Module) -> None:
         """ema = decay * ema + (1 - decay) * net. (EMA.update() would skip most steps and warm its decay up.)"""
-        for name, ema in self.nets.items():
+        for name, ema in self.averaging.items():
             ema.update_moving_average(ema.ema_model, net, current_decay=self.decays[name])
-
-    def __getitem__(self, name: str) -> nn.Module:
-        return self.nets[name].ema_model
-
-    def items(self) -> Iterator[tuple[str, nn.Module]]:
-        return ((name, ema.ema_model) for name, ema in self.nets.items())

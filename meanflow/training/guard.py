@@ -93,7 +93,8 @@ class Guard:
 
     def count_skipped(self) -> Stop | None:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        self.say(f"a gradient was not finite: step skipped, {self.in_a_row} in a row, {self.skipped} in all")
+        words = f"step skipped, {self.in_a_row} in a row, {self.skipped} in all"
+        self.accelerator.print(f"a gradient was not finite: {words}", file=sys.stderr)
         if self.in_a_row < self.recipe.max_skipped:
             return None
         words = f"{self.in_a_row} steps in a row had gradients that are not finite"
@@ -108,7 +109,7 @@ class Guard:
         if is_watching and jump > recipe.halt_at:
             return Stop(DIVERGED, f"{words}: {ADVICE}", False)
         if is_watching and jump > recipe.warn_at:
-            self.say(f"warning: {words}")
+            self.accelerator.print(f"warning: {words}", file=sys.stderr)
         limited = [min(now, recipe.warn_at * before) for now, before in zip(raw_loss, level)]
         self.level = [0.99 * before + 0.01 * now for now, before in zip(limited, level)]
         if not is_watching:
@@ -119,13 +120,9 @@ class Guard:
         if growth > recipe.halt_at:
             return Stop(DIVERGED, f"{words}: {ADVICE}", False)
         if growth > recipe.warn_at and not self.warned_of_growth:  # a level that is high stays so for many steps
-            self.say(f"warning: {words}")
+            self.accelerator.print(f"warning: {words}", file=sys.stderr)
         self.warned_of_growth = growth > recipe.warn_at
         return None
-
-    def say(self, words: str) -> None:
-        if self.accelerator.is_main_process:
-            print(words, file=sys.stderr, flush=True)
 
 
 def largest_ratio(name: str, values: list[float], other: str, references: list[float]) -> tuple[float, str]:

@@ -3,7 +3,6 @@
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +35,7 @@ class Parts(NamedTuple):
     optimizer: MakeOptimizer | None = None
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What a run will be. Sizes are in bytes."""
 
     recipe: TrainConfig
@@ -49,18 +47,6 @@ class Plan:
     total: int  # optimiser steps
     free_disk: int
     start: Path | None  # the checkpoint to go on from
-
-
-def objective_class(recipe: TrainConfig, own: type[Objective] | None = None) -> type[Objective]:
-    """The user's own objective, or the one that goes with the recipe's options.
-
-    Raises:
-        ValueError: there is none for these options.
-    """
-    options = type(recipe.objective)
-    if own is None and options not in OBJECTIVES:
-        raise ValueError(f"objective: none goes with {options.__name__}: give yours to run(RECIPE, objective=...)")
-    return own or OBJECTIVES[options]
 
 
 def make_net(recipe: TrainConfig, data: Data, own: type[ModelMixin] | None = None) -> ModelMixin:
@@ -118,7 +104,10 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own: Part
     Raises:
         ValueError: a choice that cannot work; the message names it.
     """
-    objective = objective_class(recipe, own.objective)
+    objective = own.objective or OBJECTIVES.get(type(recipe.objective))
+    if objective is None:
+        options = type(recipe.objective).__name__
+        raise ValueError(f"objective: none goes with {options}: give yours to run(RECIPE, objective=...)")
     for name in recipe.track:
         if find_spec(name) is None:
             raise ValueError(f"track: {name} is not installed: pip install 'meanflow[track]'")

@@ -26,10 +26,10 @@ def draw_samples(
     columns = min(data.num_classes, 10) or 8
     rows = 8 if data.shape[-1] <= 16 else 4
     count = min(64, len(data)) if recipe.fixed_noise else columns * rows
-    _, cond = data.batch(range(1), [generator(recipe.seed, 0, "data")])
+    _, cond = data.batch([0], [generator(recipe.seed, 0, "data")])
     if recipe.fixed_noise or cond.keys() - {"y"}:  # the conditions of the first samples
         indices = [index % len(data) for index in range(count)]
-        _, cond = data.batch(indices, (generator(recipe.seed, index, "data") for index in indices))
+        _, cond = data.batch(indices, [generator(recipe.seed, index, "data") for index in indices])
     if data.num_classes and not recipe.fixed_noise:
         cond["y"] = torch.linspace(0, data.num_classes - 1, columns).long().repeat(rows)
     e, cond = send_to_device((noise(recipe.seed, range(count), data.shape), cond), accelerator.device)

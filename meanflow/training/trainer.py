@@ -68,7 +68,7 @@ class Trainer:
         optimizer = make_optimizer(self.bare, recipe, own.optimizer)
         self.objective, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
         if self.accelerator.is_fsdp2:
-            for _, average in self.averages.items():
+            for average in self.averages.nets.values():
                 fsdp2_prepare_model(self.accelerator, average)
         self.trained = [p for p in self.bare.parameters() if p.requires_grad]
         self.fields = recipe_fields(recipe, plan.objective.__name__)
@@ -162,7 +162,7 @@ class Trainer:
                     self.pusher.start(checkpoints(recipe.out)[-1])
         if self.step % recipe.sample_every == 0 or is_last:
             with log.clock("samples"):
-                average, sampling = self.averages[str(recipe.ema_decay[0])], self.bare.sampling(recipe.objective)
+                average, sampling = self.averages.nets[str(recipe.ema_decay[0])], self.bare.sampling(recipe.objective)
                 draw_samples(recipe, self.data, average, sampling, self.accelerator, self.step)
                 log.draw_curves()
         return stop

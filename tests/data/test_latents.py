@@ -43,7 +43,7 @@ def write(folder: Path, sizes: tuple[int, ...] = (5, 3, 4), **settings) -> np.nd
 
 
 def generators(count: int):
-    return (torch.Generator().manual_seed(slot) for slot in range(count))
+    return [torch.Generator().manual_seed(slot) for slot in range(count)]
 
 
 def test_moments_and_labels_come_back_bit_for_bit(tmp_path):
@@ -244,7 +244,11 @@ def test_folders_that_are_no_vae_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text/config.json").write_text(json.dumps({"_class_name": "DiT"}))
-    for name, message in (("empty", "has no config.json"), ("text", "is of DiT"), ("none", "no such folder")):
+    for name, message in (
+        ("empty", "No such file or directory: .*config.json"),
+        ("text", "is of DiT"),
+        ("none", "no such folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_vae(str(tmp_path / name))
 

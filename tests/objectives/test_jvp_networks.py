@@ -171,7 +171,7 @@ def test_a_tangent_carries_no_graph():
     norm, scale = nn.BatchNorm1d(6).eval(), nn.Parameter(torch.ones(6))
 
     def net(x):
-        return torch.utils.checkpoint.checkpoint(lambda x: (x.exp() / scale).sin(), norm(x), use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(lambda x: (x / scale).sin(), norm(x), use_reentrant=False)
 
     x, d = torch.randn(2, 3, 6)
     jvp(net, (x,), (d,))[0].sum().backward()

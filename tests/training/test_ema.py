@@ -20,8 +20,8 @@ def test_adam_and_average_match_the_official_numbers(golden):
         averages.update(net)
         fast = 0.5 * fast + 0.5 * golden[f"opt.p{step}"]
         assert_golden(net.w, golden[f"opt.p{step}"])
-        assert_golden(averages["slow"].w, golden[f"opt.ema{step}"])
-        assert_golden(averages["fast"].w, fast)
+        assert_golden(averages.nets["slow"].w, golden[f"opt.ema{step}"])
+        assert_golden(averages.nets["fast"].w, fast)
 
 
 def test_averages_are_in_evaluation_mode():
@@ -29,4 +29,4 @@ def test_averages_are_in_evaluation_mode():
     net = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train()
     averages = Averages(net, {"0.9": 0.9})
     averages.update(net)
-    assert net.training and not any(layer.training for layer in averages["0.9"].modules())
+    assert net.training and not any(layer.training for layer in averages.nets["0.9"].modules())

@@ -94,7 +94,7 @@ def test_an_export_holds_only_the_network(recipe):
     trainer = train(recipe)
     assert [path.parent.name for path in (recipe.out / "pipeline").rglob("*.safetensors")] == ["net"]
     pipe = load_pipeline(recipe.out / "pipeline")
-    for a, b in zip(pipe.net.parameters(), trainer.averages["0.9"].parameters()):
+    for a, b in zip(pipe.net.parameters(), trainer.averages.nets["0.9"].parameters()):
         assert torch.equal(a, b)
 
 

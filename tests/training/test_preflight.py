@@ -82,7 +82,7 @@ def test_memory_and_checkpoint_are_what_the_trainer_really_holds(ema_decay, tmp_
         "weights": size(trainer.net.parameters()),
         "gradients": size(trainer.net.parameters()),
         "Adam": sum(size(state.values()) for state in optimizer.state.values()),
-        "averages": sum(size(average.state_dict().values()) for _, average in trainer.averages.items()),
+        "averages": sum(size(average.state_dict().values()) for average in trainer.averages.nets.values()),
     }
     for name, value in held.items():
         assert value == pytest.approx(expected[name], rel=0.05), name
