@@ -63,7 +63,8 @@ class MeanFlowConfig(ObjectiveConfig):
         ValueError: a value is out of range; the message names the field and the value.
     """
 
-    # share of the samples with r != t, in [0, 1]; the others are flow matching
+    # share of the samples that may have r != t, in [0, 1]; the others have r = t, so they are flow matching. With
+    # time_sampler v1 some of the share have r = t, too
     meanflow_ratio: float = 0.25
     # v0 (the paper's): t and r are the maximum and the minimum of two logit-normal draws; v1 (the authors' CIFAR-10
     # code): t is drawn by itself, and r = min(t, r)
@@ -84,14 +85,14 @@ class MeanFlowConfig(ObjectiveConfig):
     omega: float = 1.0
     # guidance in training: weight of the class-conditional prediction, in [0, 1)
     kappa: float = 0.0
-    # guidance acts on the times from t_start, in [0, 1] ...
+    # guidance acts only on times t >= t_start, in [0, 1]
     t_start: float = 0.0
-    # ... to t_end, in [0, 1], both included
+    # guidance acts only on times t <= t_end, in [0, 1]
     t_end: float = 1.0
     # share of the labels that become the null class, in [0, 1]; their velocity is not guided
     class_dropout_prob: float = 0.1
     # which labels may become the null class. independent: any; flow: only those of r = t samples, as in the official
-    # code, so that the share of all labels is the same
+    # code; the dropped share of all labels stays class_dropout_prob
     null_class: Literal["independent", "flow"] = "independent"
     # what the network returns. u: the average velocity; x: the clean sample, so that u = (z - x) / max(t, t_min)
     prediction: Literal["u", "x"] = "u"
@@ -173,7 +174,8 @@ class TrainConfig:
     fixed_noise: bool = False
     # name of the network, in models.MODELS
     model: str = "DiT-B/4"
-    # sizes of the network that differ from those of its name, such as dropout 0.2
+    # sizes that replace those of the named network, such as dropout 0.2. Where the recipe names sizes, each is a flag,
+    # --net.NAME VALUE; where it names none: --net NAME VALUE NAME VALUE
     net: dict[str, int | float | tuple[int, ...]] = field(default_factory=dict)
     # what is minimised: by default the objective of arXiv:2505.13447
     objective: ObjectiveConfig = MeanFlowConfig()
@@ -199,7 +201,7 @@ class TrainConfig:
     max_grad_norm: float | None = None
     # bf16: autocast; weights, times, the loss and the averages stay float32
     mixed_precision: Literal["no", "bf16"] = "no"
-    # decays of the averaged weights, in [0, 1); the first average draws the sample pictures
+    # decays of the averaged weights, in [0, 1); the sample pictures use the first average
     ema_decay: tuple[float, ...] = (0.9999,)
     # data order, noise, times and label drop are functions of the seed, the step and the place in the batch
     seed: int = 0
@@ -218,10 +220,10 @@ class TrainConfig:
     init_from: str | None = None
     # compute the blocks' activations twice instead of keeping them: less memory for one more forward
     activation_checkpointing: bool = False
-    # warn when a channel's raw loss is this many times its running level, or its level this many times the lowest
-    # that it has been, > 1
+    # warn when a channel's raw loss is this many times its running level, or when this level is this many times the
+    # lowest that it has been, > 1
     warn_at: float = 10.0
-    # halt when either is this many times as high, > 1
+    # as warn_at, but halt the run, > 1
     halt_at: float = 100.0
     # optimiser steps before the run can warn or halt
     grace_steps: int = 200

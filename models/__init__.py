@@ -8,7 +8,10 @@ from functools import partial
 from models.dit import DiT
 from models.unet import UNet, UNetCifar
 
-NETWORKS = {network.__name__: network for network in (DiT, UNet, UNetCifar)}
+# The classes that are imported above, by the names that saved networks have in their config.json.
+NETWORKS = {
+    name: value for name, value in globals().items() if str(getattr(value, "__module__", "")).startswith("models.")
+}
 
 # depth, hidden_size, num_heads
 _DIT_SIZES = {"XS": (4, 64, 4), "S": (12, 384, 6), "B": (12, 768, 12)}
@@ -18,7 +21,7 @@ _DIT_SIZES |= {"M": (16, 1024, 16), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 def _unet_cifar(input_size: int | tuple[int, ...], in_channels: int, **options) -> UNetCifar:
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     if len(size) != 2 or size[0] != size[1]:
-        raise ValueError(f"UNet-cifar takes square images alone, got {input_size}")
+        raise ValueError(f"UNet-cifar takes only square images, got {input_size}")
     return UNetCifar(img_resolution=size[0], in_channels=in_channels, out_channels=in_channels, **options)
 
 

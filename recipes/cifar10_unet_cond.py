@@ -1,6 +1,6 @@
 """MeanFlow U-Net on CIFAR-10 with its ten classes and guidance trained in: no paper's recipe, and not measured in full.
 
-README.md has what guidance does to a small network on digits.
+docs/training.md has what guidance does to a small network on digits.
 
     accelerate launch -q recipes/cifar10_unet_cond.py --out runs/cifar10_cond
 

@@ -8,7 +8,7 @@ r"""MeanFlow DiT on volumes, such as the latents of scans: it predicts the clean
 --data is a folder of .npy files or of .safetensors files with the key volume, each (C, D, H, W) with sides that are
 multiples of 4; these settings are for 4 x 48 x 48 x 48. shapes are 512 synthetic volumes of 4 x 16 x 16 x 16, on which
 the second command takes minutes on 2 CPU cores. Every field is a flag. The same command resumes from --out.
-No paper trains on these; ours: README.md.
+No paper trains on these; ours: docs/training.md.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on localhost, by the standard library alone: repositories, LFS, tokens and faults on demand.
+"""A small Hugging Face Hub on localhost, by only the standard library: repositories, LFS, tokens, faults on demand.
 
 It speaks what huggingface_hub needs for creating, uploading, listing and downloading; not Xet.
 """
@@ -173,15 +173,15 @@ class Handler(BaseHTTPRequestHandler):
             sha, files = self.hub.tree(repo, revision or "main")
             if files is None:
                 return self.refuse(404, "RevisionNotFound", f"Revision {revision} not found")
-            facts = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": sha, "private": repo["private"]}
-            facts |= {
+            fields = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": sha, "private": repo["private"]}
+            fields |= {
                 "tags": [],
                 "downloads": 0,
                 "likes": 0,
                 "siblings": [{"rfilename": path} for path in sorted(files)],
             }
             times = dict.fromkeys(("createdAt", "lastModified"), "2026-01-01T00:00:00.000Z")
-            return self.answer(200, {**facts, **times})
+            return self.answer(200, {**fields, **times})
         self.answer(404, {"error": f"no route for {rest}"})
 
     def resolve(self, repo: dict, body: bytes, repo_id: str, revision: str, path: str) -> None:

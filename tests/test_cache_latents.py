@@ -80,8 +80,8 @@ def test_two_processes_killed_five_times_write_the_bytes_of_one_undisturbed(vae,
     assert shown.returncode == 0, text
     assert "600 latents (4, 8, 8) of 2 classes" in text and "checksums: 100%" in text
     assert shards(two.out) == shards(one.out) and len(shards(one.out)) == 30
-    facts = [json.loads((out / "latents.json").read_text()) for out in (one.out, two.out)]
-    assert facts[0] == facts[1] and not progress.exists()
+    metadata = [json.loads((out / "latents.json").read_text()) for out in (one.out, two.out)]
+    assert metadata[0] == metadata[1] and not progress.exists()
 
 
 def test_kill_amid_the_writing_of_a_shard_leaves_nothing_that_reads(options, monkeypatch):
@@ -106,8 +106,8 @@ def test_unreadable_images_end_the_work_unless_they_may_be_skipped(options, phot
     with pytest.raises(ValueError, match=r"flower/002.jpg is no readable image: .* --skip-unreadable leaves"):
         cache(options)
     cache(replace(options, skip_unreadable=True))  # goes on where it stopped
-    facts = read_metadata(options.out)
-    assert facts["count"] == 11 and facts["count_per_class"] == [6, 5]
+    metadata = read_metadata(options.out)
+    assert metadata["count"] == 11 and metadata["count_per_class"] == [6, 5]
     cache(replace(options, skip_unreadable=True))
     shown = capfd.readouterr()
     assert "is finished already" in shown.out

@@ -99,7 +99,7 @@ def save_weights(model: str, folder: Path, std: float = 0.1, **sizes) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything of a checkpoint, flat: weights, average, and Adam's moments (after one step 0.1 of the gradient)."""
+    """Everything of a checkpoint, flat: weights, average, and Adam's state (after one step 0.1 of the gradient)."""
     found = {}
     for kind in ("model", "ema/0.95"):
         values = load_file(folder / kind / "diffusion_pytorch_model.safetensors")
@@ -232,7 +232,7 @@ def test_both_processes_end_a_run_that_cannot_go_on(flags, words, weights, tmp_p
     assert not list(out.glob("step-*"))
 
 
-ON_CPU = """if True:  # accelerate turns FSDP on for accelerators alone; all else is as it is there
+ON_CPU = """if True:  # accelerate turns FSDP on only for accelerators; everything else is as it is there
     import runpy, sys
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType

@@ -36,7 +36,7 @@ def python(*command: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("[a-z]*.py")))
 def test_help_is_quick_and_names_every_flag(recipe):
-    """Without torch: that alone takes seconds. (Best of three, since the machine is shared.)"""
+    """Without torch: it takes seconds by itself. (Best of three, since the machine is shared.)"""
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()

@@ -305,7 +305,7 @@ def plant(value: float, first: int, last: int) -> Callable[[], None]:
 
 
 def test_step_whose_gradient_is_not_finite_is_skipped(recipe, capfd):
-    """Weights, moments and Adam's count stay; the run goes on."""
+    """Weights and Adam's state stay; the run goes on."""
     short = replace(recipe, steps=4, checkpoint_every=1, keep=9, log_every=1)
     assert in_child(short, plant(float("nan"), 2, 2)) == 0
     folders = [short.out / f"step-{n:08d}" for n in (2, 3, 4)]

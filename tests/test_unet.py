@@ -54,11 +54,11 @@ def test_derivative_matches_the_official_numbers(golden, net):
 @pytest.mark.parametrize("norm_p", [1.0, 0.75, 0.5])
 def test_loss_and_gradients_match_the_official_numbers(norm_p, golden, net):
     """The four samples in the order that has r != t ones first."""
-    x, e, t, r, told = (golden[name] for name in ("loss.x", "loss.e", "loss.t", "loss.r", "aug"))
+    x, e, t, r, labels = (golden[name] for name in ("loss.x", "loss.e", "loss.t", "loss.r", "aug"))
     order = torch.argsort((t == r).long(), stable=True)
     config = MeanFlowConfig(meanflow_ratio=float((t != r).float().mean()), norm_p=norm_p, norm_eps=1e-3)
     draws = Draws(e[order], t[order], r[order], torch.zeros_like(t, dtype=torch.bool))
-    out = MeanFlow(net, config)(batch_of(x[order], None, draws, augment_labels=told[order]))
+    out = MeanFlow(net, config)(batch_of(x[order], None, draws, augment_labels=labels[order]))
     raw = golden["loss.raw"]
     assert_golden(out.loss, golden[f"loss.p{norm_p}.loss"])
     assert_golden((raw * adaptive_weight(raw, norm_p, 1e-3)).mean(), golden[f"loss.p{norm_p}.loss"])
@@ -150,7 +150,7 @@ def test_fresh_network_returns_next_to_nothing(name):
     "name, sizes, message",
     [
         ("UNet-cifar", {"input_size": 30}, "img_resolution 30 cannot be halved 2 times"),
-        ("UNet-cifar", {"input_size": (32, 16)}, "UNet-cifar takes square images alone"),
+        ("UNet-cifar", {"input_size": (32, 16)}, "UNet-cifar takes only square images"),
         ("UNet-cifar", {"model_channels": 18}, r"num_channels \(18\) must be divisible by num_groups"),
         ("UNet-digits", {"input_size": 9}, r"input_size 9 is not \(H, W\) to be halved 1 times"),
         ("UNet-digits", {"input_size": (8, 8, 8)}, r"input_size \(8, 8, 8\) is not \(H, W\) to be halved 1 times"),
@@ -165,10 +165,10 @@ def test_impossible_sizes_are_refused(name, sizes, message):
 
 def test_augmentation_labels_where_the_network_is_not_told_are_refused():
     net = ZOO["UNet"]()
-    told = UNetCifar(img_resolution=8, in_channels=3, out_channels=3, **TINY)
+    labels = UNetCifar(img_resolution=8, in_channels=3, out_channels=3, **TINY)
     z, t = torch.randn(2, 3, 8, 8), torch.rand(2)
     with pytest.raises(ValueError, match="augment_dim is 0"):
-        told(z, t, t, None, torch.zeros(2, 6))
+        labels(z, t, t, None, torch.zeros(2, 6))
     with pytest.raises(TypeError, match="augment_labels"):
         net(z, t, t, torch.tensor([0, 1]), augment_labels=torch.zeros(2, 6))
 

@@ -31,19 +31,27 @@ class Step:
     model: str = "custom"
     """a name in models.MODELS; custom: a DiT of the sizes below"""
     hidden_size: int = 384
+    """width of a custom DiT"""
     depth: int = 6
+    """blocks of a custom DiT"""
     num_heads: int = 6
+    """attention heads of a custom DiT"""
     patch_size: int = 2
+    """side of a custom DiT's patches"""
     input_size: int = 16
-    """height and width of what comes in"""
+    """height and width of the input"""
     channels: int = 4
+    """channels of the input"""
     batch: int = 32
+    """samples at a time"""
     ratio: tuple[float, ...] = (0.25, 1.0)
     """shares of r != t samples"""
     dtype: Literal["float32", "bf16"] = "float32"
     """bf16: autocast"""
     device: str = "cpu"
+    """cpu, cuda, cuda:1"""
     repeats: int = 9
+    """interleaved repeats, of which the median is taken"""
     json: Path | None = None
     """also write the numbers here"""
 
@@ -56,7 +64,9 @@ class Data:
     count: int = 20_480
     """images; each way writes 33 kB for each, to a temporary folder"""
     batch: int = 256
+    """images at a time"""
     repeats: int = 5
+    """interleaved repeats, of which the median is taken"""
     folder: Path | None = None
     """where to write; default: the system's temporary folder"""
     json: Path | None = None
@@ -71,12 +81,17 @@ class Sample:
     model: str = "custom"
     """a name in models.MODELS; custom: a DiT of the sizes below"""
     hidden_size: int = 384
+    """width of a custom DiT"""
     depth: int = 6
+    """blocks of a custom DiT"""
     num_heads: int = 6
+    """attention heads of a custom DiT"""
     patch_size: int = 2
+    """side of a custom DiT's patches"""
     input_size: int = 16
-    """height and width of what comes in"""
+    """height and width of the input"""
     channels: int = 4
+    """channels of the input"""
     batch: tuple[int, ...] = (8, 64)
     """images at a time"""
     vae: str | None = None
@@ -84,7 +99,9 @@ class Sample:
     dtype: Literal["float32", "bf16"] = "float32"
     """bf16: of the weights, too"""
     device: str = "cpu"
+    """cpu, cuda, cuda:1"""
     repeats: int = 9
+    """interleaved repeats, of which the median is taken"""
     json: Path | None = None
     """also write the numbers here"""
 

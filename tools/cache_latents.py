@@ -28,7 +28,7 @@ from meanflow.files import checksum, sync, write_whole
 if TYPE_CHECKING:  # numpy, torch and datasets are imported where they are needed, so that --help is quick
     import numpy as np
 
-SHARD_SIZE = 4096  # images, so 128 MiB of 4 x 32 x 32 latents
+SHARD_SIZE = 4096  # images in a file: 128 MiB of 4 x 32 x 32 latents
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Options:
     split: str = "train"
     """split of the source"""
     batch_size: int = 32
-    """images at once, on each process"""
-    shard_size: int = SHARD_SIZE
-    """images in a file; what a kill can cost"""
+    """images at once, in each process"""
+    shard_size: int = 4096
+    """images in a file; after a kill at most this many images of each process are encoded again"""
     workers: int = 2
-    """processes that read images, of each process"""
+    """processes that read images, for each process that encodes them"""
     skip_unreadable: bool = False
-    """leave out images that cannot be read, and count them; else the first one ends the work"""
+    """leave out images that cannot be read, and count them; without it the first one ends the work"""
     verify: bool = False
-    """only read a finished cache again and compare its checksums"""
+    """only read a finished cache again and compare its checksums; needs no images"""
 
 
 def check(options: Options) -> None:

@@ -4,6 +4,7 @@ python tools/reference.py
 """
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,11 @@ def options(source: str, name: str) -> list[tuple[str, str, str, str]]:
         below = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
         default = ast.unparse(node.value) if node.value else "must be given"
         default = default.replace("field(default_factory=dict)", "{}")
-        found.append((node.target.id, ast.unparse(node.annotation), default, " ".join([*comment, *below.split()])))
+        kind, about = ast.unparse(node.annotation), " ".join([*comment, *below.split()])
+        choices = re.findall(r"'([^']+)'", kind)
+        if choices and not all(choice in about for choice in choices):
+            about = f"{about} ({', '.join(choices)})"
+        found.append((node.target.id, kind, default, about))
     return found
 
 
@@ -46,6 +51,8 @@ def page() -> str:
     for file, name, prefix, heading in PAGES:
         text += ["", f"## {heading}", "", "| option | default | what |", "|---|---|---|"]
         for field, kind, default, about in options((ROOT / file).read_text(), name):
+            if field == "objective":
+                continue  # its own fields are the flags
             flag = field if "Positional" in kind else prefix + field.replace("_", "-")
             cells = [f"`{flag}`", f"`{default}`", about]
             text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

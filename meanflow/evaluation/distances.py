@@ -8,7 +8,8 @@ from scipy.spatial.distance import cdist
 def energy_distance(x: ArrayLike, y: ArrayLike) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| over all pairs, diagonals included, so that it is never negative.
 
-    x: (N, D), y: (M, D). It is 0 for equal distributions alone (Szekely and Rizzo 2013); unit: that of the features.
+    x: (N, D), y: (M, D). It is 0 only for equal distributions (Szekely and Rizzo 2013). Its unit is that of the
+    features.
     """
     return float(2 * cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean())
 

@@ -1,6 +1,7 @@
 """The protocol of an objective. A new paper is one class that follows it, here or in a file of your own.
 
-The data loader calls `order_slots` and `make_draws` on the CPU. The training loop calls `forward`, which draws nothing.
+A slot is a sample's place in the run: step * global_batch + its place in the global batch. The data loader calls
+`order_slots` and `make_draws` on the CPU. The training loop calls `forward`, which draws nothing.
 """
 
 from collections.abc import Sequence
@@ -35,11 +36,11 @@ class Sampling(NamedTuple):
 
     prediction: str = "u"  # what the network returns: the average velocity u, or the clean sample x
     t_min: float = 0.05  # with prediction x: u = (z - x) / max(t, t_min)
-    solver: str = "meanflow"  # the best one: meanflow, or euler where only u(z, t, t) was trained
+    solver: str = "meanflow"  # the default: meanflow, or euler where only u(z, t, t) was trained
     num_inference_steps: int = 1
     guidance_scale: float | None = None  # the CFG scale that is trained in
     null_class: str | None = None  # where the null class was trained: "any" interval, "flow" (r = t), None (nowhere)
-    guidance: str = "none trained in"  # the same in words
+    guidance: str = "none trained in"  # the guidance that is trained in, in words
 
 
 class Objective(nn.Module):
@@ -58,14 +59,16 @@ class Objective(nn.Module):
     def __init__(self, net: nn.Module, config: ObjectiveConfig):
         super().__init__()
         self.net, self.config = net, config
-        self._no_split_modules = getattr(net, "_no_split_modules", None)  # what FSDP gathers at once
+        self._no_split_modules = getattr(
+            net, "_no_split_modules", None
+        )  # the kinds of blocks that FSDP gathers one by one
 
     @staticmethod
     def order_slots(config: ObjectiveConfig, slots: Sequence[int], global_batch: int) -> list[int]:
         """The slots of a micro-batch in the order in which forward wants their rows.
 
         Raises:
-            ValueError: a micro-batch of these slots cannot be; the message says what to change.
+            ValueError: these slots cannot form a micro-batch; the message says what to change.
         """
         return list(slots)
 
@@ -73,11 +76,11 @@ class Objective(nn.Module):
     def make_draws(
         config: ObjectiveConfig, shape: tuple[int, ...], seed: int, slots: Sequence[int], global_batch: int
     ) -> Any:
-        """Everything random of these slots, on the CPU: a pure function, so that a run can resume bit for bit.
+        """Draws all random values of these slots, on the CPU: a pure function, so that a run can resume bit for bit.
 
         Args:
             shape: of one sample, (C, *S).
-            slots: step * global_batch + the place in the global batch, in the order of `order_slots`.
+            slots: in the order of `order_slots`.
         """
         raise NotImplementedError
 
@@ -97,7 +100,7 @@ class Objective(nn.Module):
 
     @classmethod
     def warnings(cls, config: ObjectiveConfig, global_batch: int) -> list[str]:
-        """What past runs with such options died of, with figures."""
+        """Problems that earlier runs had with such options, with figures."""
         return []
 
     @classmethod
@@ -112,7 +115,7 @@ class Objective(nn.Module):
         """
 
     def prepare(self, data) -> None:
-        """Takes from the data (a meanflow.Data) what the loss needs to know of them; called once before training."""
+        """Reads what the loss needs from the data, a meanflow.Data; called once before training."""
 
     def parameter_groups(self, lr: float) -> list[dict]:
         """What is optimised, in groups as torch.optim takes them: {"params": parameters, "lr": rate}.

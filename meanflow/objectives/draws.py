@@ -68,7 +68,7 @@ def num_meanflow(config: MeanFlowConfig, batch: int) -> int:
 
 
 def has_interval(config: MeanFlowConfig, slots: Sequence[int], global_batch: int) -> Tensor:
-    """Which slots have r != t, (B,) bool: num_meanflow of every global batch, evenly spread over it."""
+    """Which slots have r != t, (B,) bool; every global batch has exactly num_meanflow of them, evenly spread."""
     k, j = num_meanflow(config, global_batch), torch.tensor(slots) % global_batch
     return (j + 1) * k // global_batch > j * k // global_batch
 
@@ -107,7 +107,7 @@ def sample_times(config: MeanFlowConfig, normals: Tensor, interval: Tensor) -> t
 
 
 def drop_labels(config: MeanFlowConfig, uniform: Tensor, interval: Tensor) -> Tensor:
-    """Which labels to drop, (B,) bool, from uniform numbers (B,); null_class "flow" spares the r != t rows."""
+    """Which labels to drop, (B,) bool, from uniform numbers (B,); with null_class "flow" none of the r != t rows."""
     if config.null_class == "independent" or config.class_dropout_prob == 0:
         return uniform < config.class_dropout_prob
     return ~interval & (uniform < config.class_dropout_prob / (1 - config.meanflow_ratio))
@@ -121,14 +121,14 @@ def make_draws(
     Args:
         shape: of one sample, (C, *S).
         slots: step * global_batch + the place in the global batch, in the order of `order_slots`.
-        global_batch: samples per optimiser step; default: these slots are all of them.
+        global_batch: samples per optimiser step; default: len(slots).
     Raises:
-        ValueError: r = t slots come first, or the slots do not hold the exact share of r != t samples.
+        ValueError: an r = t slot stands before an r != t slot, or the share of r != t samples is not exact.
     """
     global_batch = global_batch or len(slots)
     if list(slots) != order_slots(config, slots, global_batch):
         raise ValueError("r = t slots stand before r != t ones: put the slots in the order of order_slots")
-    # Times in float64, then rounded: a vectorised float32 sigmoid's last digit depends on a row's place in the batch.
+    # In float64, then rounded: the last digit of a float32 sigmoid depends on the row's place in the batch.
     normals, uniform = torch.empty(len(slots), 2, dtype=torch.float64), torch.empty(len(slots))
     e = torch.empty(len(slots), *shape)
     for row, slot in enumerate(slots):

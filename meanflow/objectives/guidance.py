@@ -11,7 +11,8 @@ from meanflow.config import MeanFlowConfig
 def guided_velocity(v: Tensor, u_null: Tensor | float, u_cond: Tensor | float, omega: float, kappa: float) -> Tensor:
     """v_g = omega v + (1 - omega - kappa) u(z_t, t, t, null) + kappa u(z_t, t, t, y), like v.
 
-    From the paper's appendix; its effective scale is omega / (1 - kappa). A prediction of weight 0 may be 0.
+    From the paper's appendix; its effective scale is omega / (1 - kappa). Where a weight is 0, its prediction may be
+    given as 0.
     """
     return omega * v + (1 - omega - kappa) * u_null + kappa * u_cond
 
@@ -28,7 +29,7 @@ class GuidedRows(NamedTuple):
 
 
 def guidance_in_words(config: MeanFlowConfig) -> str:
-    """What guidance one step of the trained network has without a CFG scale."""
+    """Describes the guidance that is trained into the network."""
     if not config.guided:
         return "none trained in (omega 1, kappa 0)"
     where = f"for t in [{config.t_start:g}, {config.t_end:g}] (omega {config.omega:g}, kappa {config.kappa:g})"

@@ -1,9 +1,9 @@
-"""The total derivative that MeanFlow needs, of unmodified networks, at the price of one extra forward.
+"""MeanFlow's total derivative. The network needs no change, and the derivative costs one extra forward.
 
 `torch.func.jvp` of a network costs three forwards: PyTorch's rule for linear layers and convolutions also multiplies
 the primal by a zero tangent of the weight. With gradients it keeps the tangent's activations, too, for a backward that
 never comes. Here each operation runs once as usual, with its graph and its fused kernel, and its tangent is computed
-beside it without a graph.
+beside it without a graph. A dual is a tensor together with its tangent.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def jvp(fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...])
         primals, tangents: floating-point tensors, pairwise of one shape and dtype.
     Raises:
         ValueError: primals and tangents do not match.
-        RuntimeError: by PyTorch, an operation without a forward-mode derivative; it is named.
+        RuntimeError: from PyTorch: an operation has no forward-mode derivative; the message names it.
     """
     if len(primals) != len(tangents):
         raise ValueError(f"{len(primals)} primals but {len(tangents)} tangents")
@@ -51,14 +51,14 @@ def jvp(fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...])
 
 
 def eager() -> Any:
-    """Runs networks as they are inside torch.compile, whose compiled code silently drops tangents."""
+    """Runs compiled networks without their compiled code, which would lose the tangents without an error."""
     return nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
 
 
 def support_fsdp2() -> None:
     """Lets duals through networks that torch's fully_shard wraps.
 
-    Its hook returns views of its inputs, but the tangents themselves, which forward AD refuses.
+    Its hook returns views of its inputs, but the tangents unchanged. Forward AD refuses that: they must be views, too.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
 
@@ -68,10 +68,10 @@ def support_fsdp2() -> None:
 def finite_difference(
     fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], step: float = 0.005
 ) -> tuple[Tensor, Tensor]:
-    """The same by central differences, for networks without forward-mode derivatives: two forwards more.
+    """Does the same by central differences, for networks without forward-mode derivatives, with two more forwards.
 
     The derivative's error is step^2 / 6 times the third derivative, plus rounding over step: below 1e-3 of the largest
-    entry for a DiT in float32. It leaves autocast, since in bfloat16 the rounding alone is 12 % and more.
+    entry for a DiT in float32. The two forwards run without autocast: in bfloat16 rounding is 12 % and more.
     """
     out = fn(*primals)
     with torch.no_grad(), torch.autocast(primals[0].device.type, enabled=False):
@@ -88,7 +88,7 @@ def is_dual(x: Any) -> bool:
     return isinstance(x, Dual)
 
 
-# The operations behind forward_ad.unpack_dual and make_dual, whose wrappers cost a small network a fifth of its time.
+# These call what is below forward_ad's wrappers: the wrappers take a fifth of a small network's time.
 def split(x: Tensor) -> Dual:
     if not has_derivative(x):
         return Dual(x, None)
@@ -127,7 +127,7 @@ def constant(x: Any) -> Any:
 
 
 class SharedPrimal(TorchFunctionMode):
-    """Runs each operation on dual tensors as: the primal once, as usual; its tangent beside it, under no_grad."""
+    """Computes, for each operation on duals, the primal once as usual, and then the tangent under no_grad."""
 
     def __init__(self):
         super().__init__()
@@ -135,11 +135,11 @@ class SharedPrimal(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = {} if kwargs is None else kwargs
-        if "out" in kwargs and kwargs["out"] is None:  # which says the same as nothing
+        if "out" in kwargs and kwargs["out"] is None:  # the same as no out
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         if func is F.dropout:
             return dropout(*args, **kwargs)
-        # The network may call torch.func.grad or vmap: only PyTorch sees the tangents inside the tensors of these.
+        # The network may call torch.func.grad or vmap. Only PyTorch can read the tangents of tensors inside these.
         transformed = torch._C._functorch.maybe_current_level() != self.level
         if transformed or must_run_once(func, args, kwargs):
             with sdpa_kernel(SDPBackend.MATH) if "attention" in func.__name__ else nullcontext():
@@ -197,7 +197,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     return out if x.d is None else join(out, x.d * mask)
 
 
-# Random operations, those that keep running statistics, properties and hooks; and below, those in place.
+# These run only once: random operations, those with running statistics, properties and hooks, and those in place.
 ONCE = {"bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softmax", "multi_head_attention_forward"}
 ONCE |= {"batch_norm", "instance_norm", "__get__", "__set__", "__setitem__", "register_hook"}
 ONCE |= {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
@@ -223,10 +223,10 @@ def must_run_once(func: Callable, args: tuple, kwargs: dict) -> bool:
 
 
 def forward_mode(func: Callable, out: Any, *args, **kwargs) -> Any:
-    """The tangent by PyTorch's forward mode, of operations without a rule below: so the primal runs once more."""
+    """The tangent by PyTorch's forward mode, for operations without a rule. The primal is computed a second time."""
     args, kwargs = (replace(Dual, lambda x: join(x.p.detach(), x.d), x) for x in (args, kwargs))
-    # The fused kernels have no forward-mode derivative. Gradients are on for a view alone, for the reason given in
-    # linear_in_first: some derivatives, such as mish's, have other digits then.
+    # The fused kernels have no forward-mode derivative. Gradients are on only for a view, for the reason given in
+    # linear_in_first: some derivatives, such as mish's, give slightly different numbers then.
     is_view = isinstance(out, Tensor) and out._is_view()
     with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(is_view):
         out = func(*args, **kwargs)
@@ -252,7 +252,7 @@ def linear_in_first(func: Callable, out: Any, x: Dual, *args, **kwargs) -> Any:
     if kwargs.get("rounding_mode") or not is_constant(*args, *kwargs.values()):
         return forward_mode(func, out, x, *args, **kwargs)
     # The tangent may be a view, as of x[:, :8], and the network may write into it, as by *= weight. PyTorch refuses
-    # this for a view that was made without gradients. No graph comes of it, for nothing here has one.
+    # this for a view that was made without gradients. It builds no graph, because no input here has one.
     with torch.enable_grad():
         return func(x.d, *constant(args), **constant(kwargs))
 
@@ -266,7 +266,7 @@ def bilinear(func: Callable, out: Tensor, a: Any, b: Any) -> Tensor:
 
 
 def multiply(func: Callable, out: Tensor, a: Any, b: Any) -> Tensor:
-    """As bilinear, in one pass over memory less."""
+    """Same as bilinear, with one pass over memory fewer."""
     if is_constant(a) or is_constant(b):
         return bilinear(func, out, a, b)
     return (a.d * b.p).addcmul_(a.p, b.d)
@@ -309,7 +309,7 @@ def group_norm(func, out: Tensor, x: Dual, groups: int, weight: Dual | None = No
     """As layer_norm."""
     if x.d is None or not is_constant(weight, bias):
         return forward_mode(func, out, x, groups, weight, bias, eps)
-    p, d = (a.to(out.dtype).contiguous() for a in (x.p, x.d))  # autocast may have raised it
+    p, d = (a.to(out.dtype).contiguous() for a in (x.p, x.d))  # autocast may have made it float32
     size = (*p.shape[:2], p[0, 0].numel())
     _, mean, rstd = torch.native_group_norm(p, None, None, *size, groups, eps)
     d, _, _ = aten.native_group_norm_backward(d, p, mean, rstd, None, *size, groups, [True, False, False])

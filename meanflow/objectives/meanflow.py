@@ -1,4 +1,4 @@
-"""The MeanFlow objective, arXiv:2505.13447: an average velocity u that agrees with the data's velocity v."""
+"""The MeanFlow objective, arXiv:2505.13447: it trains the average velocity u by a target made of v and du/dt."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from meanflow.objectives.jvp import finite_difference, jvp
 from meanflow.sampler import STEPS, Cond, average_velocity, expand
 
 JVP = {"exact": jvp, "finite-difference": finite_difference}
-MIN_INTERVALS = 16  # r != t samples in an optimiser step, below which a run is warned of
+MIN_INTERVALS = 16  # r != t samples in an optimiser step; with fewer a run gets a warning
 
 
 def mean_velocity_target(
@@ -43,7 +43,7 @@ class MeanFlow(Objective):
     """The objective of arXiv:2505.13447 as a module that owns the network.
 
     Args:
-        net: net(z, t, h, **cond) -> u, or x_hat. With classes its config has num_classes, which is the null class.
+        net: net(z, t, h, **cond) -> u, or x_hat. With classes it has net.config.num_classes, also the null class.
         config: the options.
     """
 
@@ -75,7 +75,7 @@ class MeanFlow(Objective):
             without weights; raw_loss_flow and raw_loss_meanflow, of the r = t and the r != t samples;
             raw_loss_channels, (C,); du_dt, the norm of the total derivative. A mean over no samples is left out.
         Raises:
-            ValueError: a shape or, on the CPU, a class or the order of the rows is wrong.
+            ValueError: a shape is wrong; on the CPU also a class, or the order of the rows.
         """
         (x, draws, cond), config = batch, self.config
         t, r, k = draws.t, draws.r, num_meanflow(config, len(x))
@@ -85,7 +85,7 @@ class MeanFlow(Objective):
         if "y" in cond:
             cond = {**cond, "y": torch.where(draws.drop, self.net.config.num_classes, cond["y"])}
 
-        # The r = t rows are plain flow matching; they go first, because guidance reads their u.
+        # The r = t rows are plain flow matching. They are the last rows, but computed first: guidance reads their u.
         flow, metrics = slice(k, None), {}
         u = self.u(z_t[flow], t[flow], r[flow], select(cond, flow)) if k < len(x) else v[flow]
         u_tgt = v_g = self.guide(v, z_t, t, cond, u, draws) if config.guided else v
@@ -116,7 +116,7 @@ class MeanFlow(Objective):
         """
         config, k = self.config, len(v) - len(u_flow)
         rows = draws.guided or guided_rows(config, t, draws.drop)
-        # Guidance is without dropout. So where dropout acts, the main forward's output cannot be used again.
+        # Guidance needs outputs without dropout, so a network with dropout is evaluated again.
         reuse_u_flow = not has_dropout(self.net)
         cond_rows = rows.interval if reuse_u_flow else rows.all
         if config.kappa == 0:
@@ -134,7 +134,7 @@ class MeanFlow(Objective):
         """u(z_t, t, t, null) of null_rows and u(z_t, t, t, y) of cond_rows, in one forward without dropout."""
         rows, null_class = torch.cat([null_rows, cond_rows]), self.net.config.num_classes
         y = torch.cat([torch.full_like(null_rows, null_class), cond["y"][cond_rows]])
-        if not len(rows):  # nobody needs this forward, but FSDP's ranks have to agree on the number of forwards
+        if not len(rows):  # not used, but all ranks of FSDP must run the same number of forwards
             rows, y = torch.zeros_like(cond["y"][:1]), cond["y"][:1]
         with evaluation(self.net):
             u = self.u(z_t[rows], t[rows], t[rows], {**select(cond, rows), "y": y})
@@ -146,7 +146,9 @@ class MeanFlow(Objective):
         if x.shape != draws.e.shape:
             raise ValueError(f"noise must be {tuple(x.shape)} like the data, got {tuple(draws.e.shape)}")
         if self.config.channel_weights is not None and self.channel_weights is None:
-            raise ValueError("channel_weights are inverse-variance, and the data are not known: call prepare(data)")
+            raise ValueError(
+                "channel_weights are inverse-variance, and the variances are not known: call prepare(data)"
+            )
         self.check(self.config, self.net, x.shape[1:], 0 if y is None else self.net.config.num_classes)
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"classes must be ({len(x)},) int64, got {tuple(y.shape)} {y.dtype}")
@@ -212,7 +214,7 @@ def has_dropout(net: nn.Module) -> bool:
 
 @contextmanager
 def evaluation(net: nn.Module) -> Iterator[None]:
-    """Every layer of net in evaluation mode, inside."""
+    """Inside this context every layer of net is in evaluation mode."""
     layers = [layer for layer in net.modules() if layer.training]
     try:
         yield net.eval()

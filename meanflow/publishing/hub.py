@@ -64,13 +64,13 @@ class Pusher:
             self.clear()
             unread = shutil.ignore_patterns("model", "optimizer*")
             shutil.copytree(source, self.links, copy_function=link, ignore=unread)
-            alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
             command = [sys.executable, "-m", "meanflow.publishing.hub", str(self.links), self.recipe.push_to_hub]
             with self.log.open("a") as log:
                 self.log_start = log.tell()
                 # In a session of its own, so that Ctrl-C reaches only the run. Its stdin closes when the run ends.
                 how = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "start_new_session": True}
-                self.child = subprocess.Popen(command, **how, env={**alone, "CUDA_VISIBLE_DEVICES": ""})
+                self.child = subprocess.Popen(command, **how, env={**environment, "CUDA_VISIBLE_DEVICES": ""})
         except OSError as error:
             print(f"{self.recipe.push_to_hub}: no push, {first_line(error)}", file=sys.stderr)
             self.child = None
@@ -108,6 +108,8 @@ class Pusher:
             self.child.wait()
         self.clear()
         command = f"python tools/push_to_hub.py {shlex.quote(str(self.recipe.out))} {self.recipe.push_to_hub}"
+        if any(self.recipe.out.glob("step-*/model/modeling_custom_*.py")):
+            command += " --trust-remote-code"
         message = f"not pushed, {reason}\nto push: {command}" if reason else "pushed"
         return f"{self.recipe.push_to_hub}: {message}"
 

@@ -53,7 +53,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         return self.net.z_shape
 
     def noise(self, seed: int, indices) -> Tensor:
-        """Noise to pass as latents; image k's depends on (seed, k) alone, so not on the batch it is in."""
+        """Noise to pass as latents; image k's depends only on (seed, k), and not on the batch that it is in."""
         return noise(seed, indices, self.shape)
 
     def class_ids(self, labels) -> list[int]:

@@ -62,7 +62,7 @@ def make_net(recipe: TrainConfig, data: Data, own: type[ModelMixin] | None = Non
     channels, *size = data.shape
     sizes = recipe.net
     if recipe.smoke and own is None:
-        sizes = {**sizes, **SMALL.get(recipe.model, SMALL[recipe.model.split("-")[0]])}
+        sizes = {**sizes, **SMALL.get(recipe.model, SMALL.get(recipe.model.split("-")[0], {}))}
     kind = own or MODELS[recipe.model]
     try:
         net = kind(input_size=tuple(size), in_channels=channels, num_classes=data.num_classes, **sizes)

@@ -138,7 +138,7 @@ def test_channel_that_breaks_is_named_and_the_last_good_checkpoint_stays(tmp_pat
 def test_run_on_synthetic_volumes_learns_them(tmp_path, tool):
     """After a third of README.md's steps: a loss of a tenth of that of u = 0, sum(var e + E x^2), and no collapse."""
     flags = ["--data", "shapes", "--model", "DiT-XS/4", "--steps", 400, "--global-batch", 32, "--lr", 2e-3]
-    flags += ["--schedule", "cosine", "--ema-decay", 0.99, "--log-every", 100]
+    flags += ["--schedule", "cosine", "--ema-decay", 0.99, "--log-every", 100, "--accumulation-steps", 1]
     tool("recipes/volumes_dit", *flags, "--out", tmp_path / "run")
     x = shapes()
     line = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])

@@ -86,11 +86,11 @@ def test_loss_and_gradients_match_the_official_numbers(name, norm_p, golden, gol
         assert_golden(golden_net.get_parameter(key.removeprefix(prefix + "grad.")).grad, value)
 
 
-def naive_loss(net, config: MeanFlowConfig, x, y, draws: Draws, **told):
+def naive_loss(net, config: MeanFlowConfig, x, y, draws: Draws, **conditions):
     """The objective without any cleverness: everything on the whole batch, the derivative by torch.func.jvp."""
 
     def u_fn(z, t, r, y):
-        out = net(z, t, t - r, y, **told)
+        out = net(z, t, t - r, y, **conditions)
         return out if config.prediction == "u" else (z - out) / torch.clamp(t, min=config.t_min).view(-1, 1, 1, 1)
 
     column = (-1, *[1] * (x.ndim - 1))
@@ -202,12 +202,12 @@ def test_selective_objective_of_every_network_equals_its_naive_twin(name, ratio,
     r = torch.where(torch.arange(B) < k, t * torch.rand(B, generator=random, dtype=torch.float64), t)
     y = torch.randint(5, (B,), generator=random)
     draws = Draws(e, t, r, torch.arange(B) % 5 == 0)
-    told = {"augment_labels": torch.randn(B, 6, generator=random).double()} if name == "UNet-cifar" else {}
+    conditions = {"augment_labels": torch.randn(B, 6, generator=random).double()} if name == "UNet-cifar" else {}
 
     results = []
     for loss in (
-        lambda: naive_loss(net, config, x, y, draws, **told),
-        lambda: MeanFlow(net, config)(batch_of(x, y, draws, **told)).loss,
+        lambda: naive_loss(net, config, x, y, draws, **conditions),
+        lambda: MeanFlow(net, config)(batch_of(x, y, draws, **conditions)).loss,
     ):
         net.zero_grad()
         value = loss()
