@@ -292,3 +292,50 @@ def test_sharded_processes_train_save_and_resume_the_same_network(weights, tmp_p
         last = apart(one / "step-00000008", two / "step-00000008")
         print(last)
         assert last["model"] < 1e-6 and last["ema/0.95"] < 1e-6 and last["gradient"] < 1e-6
+
+
+WEIGHTED = """
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from meanflow import MeanFlow, MeanFlowConfig, Output, TrainConfig, run
+
+
+class Weighted(MeanFlow):
+    def __init__(self, net, config):
+        super().__init__(net, config)
+        self.weighting = nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 1))
+
+    def forward(self, batch, step):
+        out = super().forward(batch, step)
+        log_variance = self.weighting(torch.ones_like(out.loss).view(1, 1)).sum()
+        return Output(out.loss / log_variance.exp() + log_variance, out.metrics)
+
+
+RECIPE = TrainConfig(
+    out=Path("run"), model="DiT-XS/4", objective=MeanFlowConfig(kappa=0.5), steps=6, global_batch=16, lr=2e-6,
+    ema_decay=(0.95,), checkpoint_every=3, keep=9, log_every=1,
+)
+
+if __name__ == "__main__":
+    run(RECIPE, objective=Weighted)
+"""
+
+
+def test_a_weighting_of_ones_own_is_sharded_saved_and_resumed(weights, tmp_path):
+    """On two shards as on one process; saved by one and resumed by the other."""
+    (tmp_path / "recipe.py").write_text(WEIGHTED)
+    flags = [str(tmp_path / "recipe.py"), "--init-from", str(weights), "--out"]
+    for launch, out in ((ONE, "one"), (on_cpu(tmp_path), "two")):
+        finish(start(*launch, *flags, str(tmp_path / out)))
+    one, two = (load_file(tmp_path / f"{out}/step-00000006/objective.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys() == {f"weighting.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    for name, value in one.items():
+        assert (two[name] - value).norm() <= 1e-5 * value.norm(), name
+    assert apart(tmp_path / "one/step-00000003", tmp_path / "two/step-00000003")["gradient"] < 1e-5
+    assert apart(tmp_path / "one/step-00000006", tmp_path / "two/step-00000006")["model"] < 1e-6
+    (tmp_path / "two/step-00000006").rename(tmp_path / "moved")
+    assert "resumes after step 3 of 6" in finish(start(*ONE, *flags, str(tmp_path / "two")))
+    assert apart(tmp_path / "one/step-00000006", tmp_path / "two/step-00000006")["model"] < 1e-6
