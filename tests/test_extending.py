@@ -106,7 +106,8 @@ def test_a_condition_of_ones_own_is_sampled_if_the_code_is_trusted(project, stra
     tool = [sys.executable, ROOT / "tools/sample.py", straight, "--cond", "angle", "0", "1.5", "--num-images", "4"]
     refused = call([*tool, "--out", project / "x.npz"], ROOT, code=1)
     code = straight / "step-00000040/ema/0.98/modeling_custom_circle_net.py"
-    assert refused.startswith(f"error: {code} is not this project's code, and would have been run: read it")
+    assert f"{code} is not this project's code, and would have been run: read it, then give" in refused
+    assert refused.startswith("error: ") and refused.count("\n") == 1
     assert not (project / "x.npz").exists()
     call([*tool, "--out", project / "x.npz", "--trust-remote-code"], ROOT)
     images = np.load(project / "x.npz")["arr_0"]
