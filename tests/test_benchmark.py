@@ -21,7 +21,7 @@ def counts():
 def test_a_meanflow_step_costs_little_more_than_flow_matching(counts):
     """FLOPs at most 1.09 at ratio 0.25 (floor 1.083) and 1.35 at 1; bytes kept for the backward at most 1.05."""
     base = counts["flow matching"]
-    for name, limit in (("ours, ratio 0.25", 1.09), ("ours, ratio 1", 1.35)):
+    for name, limit in (("this project, share 0.25", 1.09), ("this project, share 1", 1.35)):
         assert counts[name]["flops"] <= limit * base["flops"]
         assert counts[name]["bytes"] <= 1.05 * base["bytes"]
 
@@ -33,16 +33,16 @@ def test_a_meanflow_step_of_the_cifar_network_does_too():
     net = build(options).train()
     rows = {name: count(net, loss) for name, loss in steps(options, net).items()}
     base = rows["flow matching"]
-    for name, limit in (("ours, ratio 0.75", 1.27), ("ours, ratio 0.25", 1.09)):
+    for name, limit in (("this project, share 0.75", 1.27), ("this project, share 0.25", 1.09)):
         assert rows[name]["flops"] <= limit * base["flops"]
         assert rows[name]["bytes"] <= 1.05 * base["bytes"]
 
 
 @pytest.mark.slow
-def test_the_peers_way_costs_what_it_is_said_to(counts):
+def test_the_usual_way_costs_what_it_is_said_to(counts):
     """Else the comparison in the README is a straw man, or the counter counts nothing."""
-    base, peers = counts["flow matching"], counts["peers: torch.func.jvp of the whole batch"]
-    assert 1.6 < peers["flops"] / base["flops"] < 1.8 and peers["bytes"] > 1.5 * base["bytes"]
+    base, usual = counts["flow matching"], counts["the usual way: torch.func.jvp of the whole batch"]
+    assert 1.6 < usual["flops"] / base["flops"] < 1.8 and usual["bytes"] > 1.5 * base["bytes"]
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_the_tool_prints_its_table_and_writes_it(tmp_path):
     command = [sys.executable, "tools/benchmark.py", "step", *sizes, "--json", str(tmp_path / "out.json")]
     shown = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert "ours, ratio 0.25" in shown.stdout
+    assert "this project, share 0.25" in shown.stdout
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["flops_ratio"] for row in rows][0] == 1.0 and len(rows) == 4
 

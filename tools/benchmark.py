@@ -25,8 +25,8 @@ import tyro
 
 @dataclass(frozen=True)
 class Step:
-    """One training step, forward and backward, in three ways: flow matching; the peers' MeanFlow, by torch.func.jvp of
-    the whole batch with graph; and ours."""
+    """One training step, forward and backward, in three ways: flow matching; the usual MeanFlow, by torch.func.jvp of
+    the whole batch with graph; and this project's."""
 
     model: str = "custom"
     """a name in models.MODELS; custom: a DiT of the sizes below"""
@@ -58,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Data:
-    """Reading cached latents of 256 x 256 images, warm, one process: ours, and the usual way, an LMDB with a pickled
+    """Reading cached latents of 256 x 256 images, warm, one process: this project's way, and the usual way, an LMDB with a pickled
     dictionary per image, put into batches by a DataLoader. It needs lmdb: pip install 'meanflow[test]'."""
 
     count: int = 20_480
@@ -151,7 +151,7 @@ def steps(options: Step, net) -> dict[str, Callable]:
         objective, fixed = MeanFlow(net, config), draws(config)
         return lambda: objective(Batch(x, fixed, cond)).loss
 
-    def peers(ratio: float) -> Callable:
+    def usual(ratio: float) -> Callable:
         d = draws(MeanFlowConfig(meanflow_ratio=ratio))
         t, r = (a.view(-1, 1, 1, 1) for a in (d.t, d.r))
 
@@ -167,8 +167,10 @@ def steps(options: Step, net) -> dict[str, Callable]:
         return loss
 
     ways["flow matching"] = ours(0.0)
-    ways["peers: torch.func.jvp of the whole batch"] = peers(options.ratio[0])  # their cost knows no ratio
-    ways |= {f"ours, ratio {ratio:g}": ours(ratio) for ratio in options.ratio}
+    ways["the usual way: torch.func.jvp of the whole batch"] = usual(
+        options.ratio[0]
+    )  # its cost does not depend on the share
+    ways |= {f"this project, share {ratio:g}": ours(ratio) for ratio in options.ratio}
     return ways
 
 
@@ -353,8 +355,8 @@ def data(options: Data) -> list[dict]:
         ways = {}
         for name, sampler in (("sequential", order), ("shuffled", shuffled)):
             ways["LMDB with pickles", name] = DataLoader(Pickles(environment), options.batch, sampler=sampler)
-            ways["ours", name] = batches(Ours(latents), sampler)
-            ways["ours, with posterior draw, noise and times", name] = batches(Steps(latents), sampler)
+            ways["this project", name] = batches(Ours(latents), sampler)
+            ways["this project, with posterior draw, noise and times", name] = batches(Steps(latents), sampler)
         seconds = {way: [] for way in ways}
         for _ in tqdm(range(options.repeats + 1), desc="repeats"):  # the first pass warms up
             for way, loader in ways.items():
