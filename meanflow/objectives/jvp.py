@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
+REGISTERED = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def jvp(fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Any, Any]:
@@ -65,9 +66,7 @@ def support_fsdp2() -> None:
     RegisterPostBackwardFunction.jvp = staticmethod(lambda ctx, _, *tangents: tuple(d.view_as(d) for d in tangents))
 
 
-def finite_difference(
-    fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], step: float = 0.005
-) -> tuple[Tensor, Tensor]:
+def finite_difference(fn: Callable, primals: tuple, tangents: tuple, step: float = 0.005) -> tuple[Tensor, Tensor]:
     """Does the same by central differences, for networks without forward-mode derivatives, with two more forwards.
 
     The derivative's error is step^2 / 6 times the third derivative, plus rounding over step: below 1e-3 of the largest
@@ -232,14 +231,10 @@ def forward_mode(func: Callable, out: Any, *args, **kwargs) -> Any:
         out = func(*args, **kwargs)
     d = replace(Tensor, lambda x: split(x).d, out)
     # Operations that others register, such as torchvision's deform_conv2d, lose the tangent without an error.
-    if is_registered_by_others(func) and all(x is None for x in (d if isinstance(d, (list, tuple)) else [d])):
-        raise NotImplementedError(f"{func} has no forward-mode derivative")
+    if isinstance(func, REGISTERED) and not str(func).startswith("aten."):
+        if all(x is None for x in (d if isinstance(d, (list, tuple)) else [d])):
+            raise NotImplementedError(f"{func} has no forward-mode derivative")
     return d
-
-
-def is_registered_by_others(func: Callable) -> bool:
-    is_registered = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
-    return is_registered and not str(func).startswith("aten.")
 
 
 def is_constant(*args) -> bool:

@@ -1,7 +1,8 @@
 """The MeanFlow objective, arXiv:2505.13447: it trains the average velocity u by a target made of v and du/dt."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -90,10 +91,8 @@ class MeanFlow(Objective):
         u = self.u(z_t[flow], t[flow], r[flow], select(cond, flow)) if k < len(x) else v[flow]
         u_tgt = v_g = self.guide(v, z_t, t, cond, u, draws) if config.guided else v
         if k:
-            cond_k = select(cond, slice(k))
-            u_k, u_tgt_k, du_dt = mean_velocity_target(
-                lambda z, t, r: self.u(z, t, r, cond_k), z_t[:k], t[:k], r[:k], v_g[:k], JVP[config.jvp]
-            )
+            u_fn = partial(self.u, cond=select(cond, slice(k)))
+            u_k, u_tgt_k, du_dt = mean_velocity_target(u_fn, z_t[:k], t[:k], r[:k], v_g[:k], JVP[config.jvp])
             u, u_tgt = torch.cat([u_k, u]), torch.cat([u_tgt_k, v_g[flow]])
             metrics["du_dt"] = du_dt.flatten(1).norm(dim=1).mean()
 
@@ -128,9 +127,7 @@ class MeanFlow(Objective):
         return v.index_copy(0, rows.all, v_g)
 
     @torch.no_grad()
-    def null_and_conditional(
-        self, z_t: Tensor, t: Tensor, cond: Cond, null_rows: Tensor, cond_rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def null_and_conditional(self, z_t: Tensor, t: Tensor, cond: Cond, null_rows, cond_rows) -> tuple[Tensor, Tensor]:
         """u(z_t, t, t, null) of null_rows and u(z_t, t, t, y) of cond_rows, in one forward without dropout."""
         rows, null_class = torch.cat([null_rows, cond_rows]), self.net.config.num_classes
         y = torch.cat([torch.full_like(null_rows, null_class), cond["y"][cond_rows]])
@@ -146,9 +143,7 @@ class MeanFlow(Objective):
         if x.shape != draws.e.shape:
             raise ValueError(f"noise must be {tuple(x.shape)} like the data, got {tuple(draws.e.shape)}")
         if self.config.channel_weights is not None and self.channel_weights is None:
-            raise ValueError(
-                "channel_weights are inverse-variance, and the variances are not known: call prepare(data)"
-            )
+            raise ValueError("channel_weights are inverse-variance, of data that are not known: call prepare(data)")
         self.check(self.config, self.net, x.shape[1:], 0 if y is None else self.net.config.num_classes)
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"classes must be ({len(x)},) int64, got {tuple(y.shape)} {y.dtype}")
@@ -213,7 +208,7 @@ def has_dropout(net: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluation(net: nn.Module) -> Iterator[None]:
+def evaluation(net: nn.Module):
     """Inside this context every layer of net is in evaluation mode."""
     layers = [layer for layer in net.modules() if layer.training]
     try:
