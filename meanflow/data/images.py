@@ -14,6 +14,7 @@ from meanflow.files import errors_as
 from meanflow.sampler import Cond
 
 CROP = "ADM centre crop"
+TABLES = (".parquet", ".arrow")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -54,30 +55,20 @@ def open_source(source: str, split: str):
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         if path.is_file():
             return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
-        if path.is_dir():
-            return open_folder(path, split)
-        return datasets.load_dataset(source, split=split)
+        if not path.is_dir():
+            return datasets.load_dataset(source, split=split)
+        # Names the files itself: datasets by itself would take a class such as bullet_train for a split.
+        inside = list((path / split).iterdir()) if (path / split).is_dir() else []
+        if any(entry.is_dir() or entry.suffix in TABLES for entry in inside):
+            path = path / split
+        has_split_tables = any(entry.suffix in TABLES for entry in path.rglob(f"{split}*"))
+        return datasets.load_dataset(str(path), data_files=f"**/{split}*" if has_split_tables else "**", split="train")
 
 
 def is_hub_id(source: str) -> bool:
     """Whether this looks like owner/name, and not like a path whose last part is missing."""
     is_path = source.startswith((".", "~", "/")) or Path(source).parent.exists()
     return source.count("/") == 1 and not is_path
-
-
-def open_folder(folder: Path, split: str):
-    """Names the files itself: datasets by itself would take a class such as bullet_train for a split."""
-    import datasets
-
-    inside = list((folder / split).iterdir()) if (folder / split).is_dir() else []
-    if any(entry.is_dir() or is_table(entry) for entry in inside):
-        folder = folder / split
-    has_split_tables = any(is_table(entry) for entry in folder.rglob(f"{split}*"))
-    return datasets.load_dataset(str(folder), data_files=f"**/{split}*" if has_split_tables else "**", split="train")
-
-
-def is_table(path: Path) -> bool:
-    return path.suffix in (".parquet", ".arrow")
 
 
 class ImageFiles(Data):

@@ -137,10 +137,8 @@ class Latents(LatentSpace):
             with errors_as(f"{folder / shard['file']} is damaged"):
                 with pa.memory_map(str(folder / shard["file"])) as file:
                     table = pa.ipc.open_stream(file).read_all()
-                column = table["moments"].chunk(0)
                 # Views of the file's pages: to decode the rows is ten times slower.
-                while isinstance(column, pa.FixedSizeListArray):
-                    column = column.flatten()
+                column = table["moments"].chunk(0).flatten(recursive=True)
                 self.moments.append(column.to_numpy().reshape(-1, *metadata["shape"]))
                 labels.append(table["label"].to_numpy())
         self.labels = torch.from_numpy(np.concatenate(labels))

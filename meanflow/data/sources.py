@@ -11,8 +11,6 @@ from meanflow.data.images import ImageFiles
 from meanflow.data.latents import EncodedImages, Latents, is_cache
 from meanflow.data.volumes import Volumes, has_volumes, shapes
 
-BUILT_IN = ("digits", "shapes")
-
 
 def load_data(recipe: TrainConfig) -> Data:
     """The recipe's training data.
@@ -34,7 +32,7 @@ def open_data(recipe: TrainConfig) -> Data:
     """Tries one kind of data after the other: built-in ones, a latent cache, volumes, images."""
     folder = Path(recipe.data).expanduser()
     are_volumes = recipe.resolution is None and has_volumes(folder)
-    check_options(recipe, without_pixels=are_volumes or recipe.data in BUILT_IN)
+    check_options(recipe, without_pixels=are_volumes or recipe.data in ("digits", "shapes"))
     if recipe.data == "digits":
         images = digits(recipe.resolution or 8)[0]
         return subset(images, recipe.subset) if recipe.subset else images
