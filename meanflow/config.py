@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -26,7 +25,7 @@ def check(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
-def check_each(config: object, names: tuple[str, ...], ok: Callable, allowed: str) -> None:
+def check_each(config: object, names: tuple[str, ...], ok, allowed: str) -> None:
     """Checks each of these fields that is not None."""
     for name in names:
         value = getattr(config, name)

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from meanflow.config import TrainConfig
@@ -86,7 +85,7 @@ class Pusher:
         lines = self.log.read_text()[self.log_start :].strip().splitlines()
         return lines[-1].removeprefix("error: ") if lines else f"its process ended with {self.child.returncode}"
 
-    def wait(self, end: float, interrupted: Callable[[], bool]) -> str | None:
+    def wait(self, end: float, interrupted) -> str | None:
         """Waits for the push under way, and returns why it failed; None if it did not."""
         while self.child is not None and self.child.poll() is None:
             if interrupted():
@@ -96,8 +95,8 @@ class Pusher:
             time.sleep(0.1)
         return self.fault() if self.child is not None else "it could not begin"
 
-    def finish(self, source: Path | None, reason: str, interrupted: Callable[[], bool]) -> str:
-        """Pushes `source`. If it is None, pushes nothing and reports `reason`. Returns the message."""
+    def finish(self, source: Path | None, reason: str, interrupted) -> str:
+        """Pushes `source`, or reports `reason` if it is None; interrupted() ends the wait. Returns the message."""
         end = time.monotonic() + DEADLINE
         if source is not None:
             self.wait(end, interrupted)

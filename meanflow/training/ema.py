@@ -1,7 +1,6 @@
 """Averaged weights: exponential moving averages by name, stepped once per optimiser step."""
 
 from ema_pytorch import EMA
-from torch import nn
 
 
 class Averages:
@@ -11,7 +10,7 @@ class Averages:
         decays: the decay of each average, in [0, 1), by the name that it is saved under; nets has them by these names.
     """
 
-    def __init__(self, net: nn.Module, decays: dict[str, float]):
+    def __init__(self, net, decays: dict[str, float]):
         # Buffers are copied: sharded weights and whole buffers cannot be averaged in one call.
         buffers = {name for name, _ in net.named_buffers()}
         options = {"include_online_model": False, "use_foreach": True, "param_or_buffer_names_no_ema": buffers}
@@ -21,7 +20,7 @@ class Averages:
         for ema in self.averaging.values():
             ema.eval()  # the averaged network, too: otherwise pictures would show dropout
 
-    def update(self, net: nn.Module) -> None:
+    def update(self, net) -> None:
         """ema = decay * ema + (1 - decay) * net. (EMA.update() would skip most steps and warm its decay up.)"""
         for name, ema in self.averaging.items():
             ema.update_moving_average(ema.ema_model, net, current_decay=self.decays[name])

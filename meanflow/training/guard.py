@@ -10,8 +10,6 @@ import sys
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 
 from meanflow.config import TrainConfig
 
@@ -39,7 +37,7 @@ class Guard:
         state: what an earlier part of the run left in its step.json.
     """
 
-    def __init__(self, accelerator: Accelerator, recipe: TrainConfig, state: dict):
+    def __init__(self, accelerator, recipe: TrainConfig, state: dict):
         self.accelerator, self.recipe = accelerator, recipe
         self.level = state.get("raw_loss_level")  # running mean of each channel's raw loss
         self.lowest = state.get("lowest_level")  # the lowest that it has been since grace_steps
@@ -66,7 +64,7 @@ class Guard:
         levels = {"raw_loss_level": self.level, "lowest_level": self.lowest}
         return {**levels, "observed_steps": self.observed, "skipped_steps": self.skipped}
 
-    def observe(self, raw_loss: Tensor, skipped: Tensor) -> None:
+    def observe(self, raw_loss: torch.Tensor, skipped: torch.Tensor) -> None:
         """Notes a step.
 
         Args:
@@ -97,8 +95,7 @@ class Guard:
         self.accelerator.print(f"a gradient was not finite: {words}", file=sys.stderr)
         if self.in_a_row < self.recipe.max_skipped:
             return None
-        words = f"{self.in_a_row} steps in a row had gradients that are not finite"
-        return Stop(DIVERGED, f"{words}: {ADVICE}", False)
+        return Stop(DIVERGED, f"{self.in_a_row} steps in a row had gradients that are not finite: {ADVICE}", False)
 
     def watch(self, raw_loss: list[float]) -> Stop | None:
         """Compares each channel's raw loss with its running level, and this level with the lowest; updates both."""

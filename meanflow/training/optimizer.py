@@ -1,7 +1,6 @@
 """The optimiser and the schedule of its rates."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -10,14 +9,13 @@ from torch.optim import Optimizer
 from meanflow.config import TrainConfig
 from meanflow.objectives.base import Objective
 
-MakeOptimizer = Callable[[list[dict], TrainConfig], Optimizer]  # from groups of parameters, each with its rate
 
-
-def make_optimizer(objective: Objective, recipe: TrainConfig, make: MakeOptimizer | None = None) -> Optimizer:
+def make_optimizer(objective: Objective, recipe: TrainConfig, make=None) -> Optimizer:
     """The optimiser of everything in the objective that is trained.
 
     Args:
-        make: makes one of your own; default: Adam, and AdamW where the recipe has a weight_decay.
+        make: makes one of your own, from groups of parameters, each with its rate, and the recipe; default: Adam, and
+            AdamW where the recipe has a weight_decay.
     Raises:
         ValueError: it cannot skip a step whose gradient is not finite.
     """
