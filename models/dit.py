@@ -192,8 +192,7 @@ class DiT(ModelMixin, ConfigMixin):
         if z.shape[1:] != self.z_shape:
             raise ValueError(f"z must be (B, {', '.join(map(str, self.z_shape))}), got {tuple(z.shape)}")
         if (y is None) != (self.config.num_classes == 0):
-            must = "must" if y is None else "must not"
-            raise ValueError(f"num_classes is {self.config.num_classes}, so y {must} be given")
+            raise ValueError(f"num_classes is {self.config.num_classes}, so y must {'' if y is None else 'not '}be given")
         x = self.x_embedder(z).contiguous() + self.pos_embed  # (B, N, D); PatchEmbed leaves it transposed
         c = self.t_embedder(t) + self.h_embedder(h)  # (B, D)
         if y is not None:
