@@ -175,7 +175,8 @@ class DiT(ModelMixin, ConfigMixin):
         if z.shape[1:] != self.z_shape:
             raise ValueError(f"z must be (B, {', '.join(map(str, self.z_shape))}), got {tuple(z.shape)}")
         if (y is None) != (self.config.num_classes == 0):
-            raise ValueError(f"num_classes is {self.config.num_classes}: y must {'' if y is None else 'not '}be given")
+            must = "must" if y is None else "must not"
+            raise ValueError(f"num_classes is {self.config.num_classes}, so y {must} be given")
         x = self.x_embedder(z).contiguous() + self.pos_embed  # (B, N, D); PatchEmbed leaves it transposed
         c = self.t_embedder(t) + self.h_embedder(h)  # (B, D)
         if y is not None:
@@ -193,7 +194,4 @@ class DiT(ModelMixin, ConfigMixin):
         order = [0, -1]  # the batch, the channels, and then each axis of the grid beside the same axis of the patches
         for axis in range(1, axes + 1):
             order += [axis, axis + axes]
-        x = x.permute(*order)
-        for axis in range(2, axes + 2):
-            x = x.flatten(axis, axis + 1)
-        return x
+        return x.permute(*order).reshape(-1, *self.z_shape)
