@@ -107,8 +107,7 @@ class Guard:
             return Stop(DIVERGED, f"{words}: {ADVICE}", False)
         if is_watching and jump > recipe.warn_at:
             self.accelerator.print(f"warning: {words}", file=sys.stderr)
-        limited = [min(now, recipe.warn_at * before) for now, before in zip(raw_loss, level)]
-        self.level = [0.99 * before + 0.01 * now for now, before in zip(limited, level)]
+        self.level = [0.99 * old + 0.01 * min(new, recipe.warn_at * old) for new, old in zip(raw_loss, level)]
         if not is_watching:
             return None
 
