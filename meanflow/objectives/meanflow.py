@@ -18,9 +18,7 @@ JVP = {"exact": jvp, "finite-difference": finite_difference}
 MIN_INTERVALS = 16  # r != t samples in an optimiser step; with fewer a run gets a warning
 
 
-def mean_velocity_target(
-    u_fn: Callable, z_t: Tensor, t: Tensor, r: Tensor, v: Tensor, jvp: Callable = jvp
-) -> tuple[Tensor, Tensor, Tensor]:
+def mean_velocity_target(u_fn: Callable, z_t: Tensor, t: Tensor, r: Tensor, v: Tensor, jvp: Callable = jvp):
     """The average velocity u, its regression target and du/dt, eqs. (8)-(11).
 
     Args:
