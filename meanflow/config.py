@@ -276,8 +276,7 @@ def flatten(nested: dict, prefix: str = "") -> dict:
 
 def recipe_fields(recipe: TrainConfig, objective_class: str = "MeanFlow") -> dict:
     """The recipe as recipe.json has it: nested dictionaries, lists for tuples, the name of the objective's class."""
-    nested = {**asdict(recipe), "objective_class": objective_class}
-    return json.loads(json.dumps(nested, default=str))
+    return json.loads(json.dumps({**asdict(recipe), "objective_class": objective_class}, default=str))
 
 
 def with_defaults(old: dict) -> dict:

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from meanflow.data.base import Data, UnreadableSample
 from meanflow.files import errors_as
-from meanflow.sampler import Cond
 
 CROP = "ADM centre crop"
 TABLES = (".parquet", ".arrow")
@@ -47,7 +46,9 @@ def open_source(source: str, split: str):
 
     datasets.disable_progress_bars()
     path = Path(source).expanduser()
-    if not path.exists() and not is_hub_id(source):
+    # A Hub id looks like owner/name, and not like a path whose last part is missing.
+    is_path = source.startswith((".", "~", "/")) or path.parent.exists() or source.count("/") != 1
+    if is_path and not path.exists():
         raise ValueError(f"{source}: no such file or folder, and no Hub id (owner/name)")
     with errors_as(f"{source}: datasets cannot open it"):
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -63,12 +64,6 @@ def open_source(source: str, split: str):
             path = path / split
         has_split_tables = any(entry.suffix in TABLES for entry in path.rglob(f"{split}*"))
         return datasets.load_dataset(str(path), data_files=f"**/{split}*" if has_split_tables else "**", split="train")
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether this looks like owner/name, and not like a path whose last part is missing."""
-    is_path = source.startswith((".", "~", "/")) or Path(source).parent.exists()
-    return source.count("/") == 1 and not is_path
 
 
 class ImageFiles(Data):
@@ -142,7 +137,7 @@ class ImageFiles(Data):
             raise UnreadableSample(f"{self.name(index)} is {height} x {width}, not {size} x {size}: --crop cuts it")
         return torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1)
 
-    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, dict]:
         x = torch.stack([self.pixels(index) for index in indices]) if self.memory is None else self.memory[indices]
         x = x.float() / 127.5 - 1
         if self.flip:

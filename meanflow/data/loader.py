@@ -37,9 +37,6 @@ class SlotBatches(Sampler):
             raise ValueError(f"global_batch must be a multiple of {parts}, got {recipe.global_batch}")
         objective.order_slots(recipe.objective, range(self.micro_batch), recipe.global_batch)  # it may refuse them
 
-    def __len__(self) -> int:
-        return len(self.steps) * self.recipe.accumulation_steps
-
     def __iter__(self):
         G, epoch = self.recipe.global_batch, None
         for step in self.steps:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from meanflow.data.base import Data, UnreadableSample
 from meanflow.files import errors_as
-from meanflow.sampler import Cond
 
 SUFFIXES = (".npy", ".safetensors")
 
@@ -37,7 +36,7 @@ class Volumes(Data):
                 raise ValueError(f"{path}: a volume must be {first}, got {shape}")
         self.metadata = {"source": str(folder), "count": len(self.files), "classes": []}
 
-    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, dict]:
         return torch.stack([volume(self.files[index]) for index in indices]), {}
 
 

@@ -20,7 +20,6 @@ from meanflow.files import checksum, errors_as, first_line, read_json, sync, wri
 from meanflow.objectives.base import Objective
 from meanflow.publishing.checkpoints import CHECKSUMS, checkpoints
 from meanflow.publishing.pipeline import network_file
-from meanflow.training.ema import Averages
 
 OPTIMIZER, OBJECTIVE = "optimizer.safetensors", "objective.safetensors"
 # The state of all shards, on the main process.
@@ -88,7 +87,7 @@ def on_processes(accelerator, part, *args, only_main: bool = True):
 class CheckpointWriter:
     """Saves the steps of a run. Sharded weights are gathered, so that every checkpoint is what one process writes."""
 
-    def __init__(self, accelerator, recipe, fields, metadata, objective: Objective, averages: Averages, optimizer):
+    def __init__(self, accelerator, recipe, fields, metadata, objective: Objective, averages, optimizer):
         self.accelerator, self.recipe, self.fields, self.metadata = accelerator, recipe, fields, metadata
         self.objective, self.averages, self.optimizer = objective, averages, optimizer
 
@@ -184,7 +183,7 @@ def choose_checkpoint(recipe: TrainConfig) -> Path | None:
     return folder
 
 
-def load_modules(folder: Path, objective: Objective, averages: Averages) -> None:
+def load_modules(folder: Path, objective: Objective, averages) -> None:
     """Restores the network, its averages and the objective's own modules, before they are sharded."""
     places = {"model": objective.net, **{f"ema/{name}": average for name, average in averages.nets.items()}}
     for place, net in places.items():

@@ -4,7 +4,6 @@ import os
 import sys
 
 from meanflow.config import TrainConfig
-from meanflow.data.base import Data
 from meanflow.data.sources import load_data
 from meanflow.publishing.checkpoints import saved_step
 from meanflow.training import preflight
@@ -36,7 +35,7 @@ def render(plan: Plan) -> str:
     return "\n".join(f"  {name:10}{value}" for name, value in lines.items())
 
 
-def describe_data(recipe: TrainConfig, data: Data) -> str:
+def describe_data(recipe: TrainConfig, data) -> str:
     source = "random latents" if recipe.smoke and recipe.vae else recipe.data
     made_by = f" by {recipe.vae}" if recipe.vae else ""
     when = ", encoded at each step" if data.encode is not None else ""

@@ -17,7 +17,6 @@ from meanflow.data.loader import make_loader
 from meanflow.data.sources import load_data
 from meanflow.files import first_line, read_json
 from meanflow.noise import stream_seed
-from meanflow.objectives.base import Batch
 from meanflow.objectives.jvp import support_fsdp2
 from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
 from meanflow.publishing.export import export
@@ -109,7 +108,7 @@ class Trainer:
                 self.publish(fault, self.step > first_step)
         self.leave(stop)
 
-    def train_step(self, batch: Batch, micro_step: int) -> None:
+    def train_step(self, batch, micro_step: int) -> None:
         """One micro-batch: to the device, through the objective, backward; the last of a step moves the weights."""
         recipe, accelerator = self.recipe, self.accelerator
         # For the network's own randomness, such as dropout, so that no generator's state need be saved.
