@@ -172,11 +172,14 @@ def rule_of(func: Callable, args: list, kwargs: dict) -> Callable:
     """The rule for the tangent of this call.
 
     Every rule knows its first tensor by its place, and the rules of two tensors know both. A call that gives one of
-    them by keyword is rare, and goes to PyTorch's forward mode.
+    them by keyword is rare, and goes to PyTorch's forward mode. So does a call with a tangent beside the
+    first tensor's, such as the weight's, where the rule is for none.
     """
     rule = RULES.get(func, forward_mode)
     by_keyword = not args or (rule in (add, bilinear, multiply) and any(map(is_dual, kwargs.values())))
-    return forward_mode if by_keyword else rule
+    if by_keyword or (rule in (affine, layer_norm, group_norm) and not is_constant(*args[1:], *kwargs.values())):
+        return forward_mode
+    return rule
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -201,7 +204,6 @@ ONCE = {"bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softma
 ONCE |= {"batch_norm", "instance_norm", "__get__", "__set__", "__setitem__", "register_hook"}
 ONCE |= {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p")
 
 
 @cache
@@ -215,8 +217,7 @@ def must_run_once(func: Callable, args: tuple, kwargs: dict) -> bool:
     if func.__name__ in RECURRENT:
         return all(args[5:7])  # dropout between the layers, and training
     if func is F.scaled_dot_product_attention:
-        given = {**dict(zip(ATTENTION_ARGUMENTS, args)), **kwargs}
-        return given.get("dropout_p", 0.0) > 0
+        return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
     writes = kwargs.get("inplace", False) or kwargs.get("out") is not None
     return writes or runs_once(func.__name__)
 
@@ -277,8 +278,6 @@ def add(func: Callable, out: Tensor, a: Any, b: Any, **kwargs) -> Tensor:
 
 def affine(func: Callable, out: Tensor, x: Dual, weight: Dual, bias: Dual | None = None, *args, **kwargs) -> Tensor:
     """Linear layers and convolutions: df = f(dx, W), without the zero tangents' products of PyTorch's rule."""
-    if x.d is None or not is_constant(weight, bias):
-        return forward_mode(func, out, x, weight, bias, *args, **kwargs)
     return func(x.d, weight.p, None, *args, **kwargs)
 
 
@@ -293,8 +292,6 @@ def silu(func: Callable, out: Tensor, x: Dual, inplace: bool = False) -> Tensor:
 
 def layer_norm(func, out: Tensor, x: Dual, shape, weight: Dual | None = None, bias: Dual | None = None, eps=1e-5):
     """The Jacobian of a normalisation is symmetric, so its backward kernel is its tangent, before the scale."""
-    if x.d is None or not is_constant(weight, bias):
-        return forward_mode(func, out, x, shape, weight, bias, eps)
     _, mean, rstd = torch.native_layer_norm(x.p, shape, None, None, eps)
     d, _, _ = aten.native_layer_norm_backward(x.d, x.p, shape, mean, rstd, None, None, [True, False, False])
     return d if weight is None else d * weight.p
@@ -302,8 +299,6 @@ def layer_norm(func, out: Tensor, x: Dual, shape, weight: Dual | None = None, bi
 
 def group_norm(func, out: Tensor, x: Dual, groups: int, weight: Dual | None = None, bias: Dual | None = None, eps=1e-5):
     """As layer_norm."""
-    if x.d is None or not is_constant(weight, bias):
-        return forward_mode(func, out, x, groups, weight, bias, eps)
     p, d = (a.to(out.dtype).contiguous() for a in (x.p, x.d))  # autocast may have made it float32
     size = (*p.shape[:2], p[0, 0].numel())
     _, mean, rstd = torch.native_group_norm(p, None, None, *size, groups, eps)
