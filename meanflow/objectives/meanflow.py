@@ -105,36 +105,33 @@ class MeanFlow(Objective):
         error = squared_error.flatten(1).sum(dim=1)
         return (adaptive_weight(error, self.config.norm_p, self.config.norm_eps) * error).mean()
 
+    @torch.no_grad()
     def guide(self, v: Tensor, z_t: Tensor, t: Tensor, cond: Cond, u_flow: Tensor, draws: Draws) -> Tensor:
         """The guided velocity, detached, like v; only the rows where guidance acts are evaluated, the others are v.
+
+        u(z_t, t, t, null) and u(z_t, t, t, y) are evaluated in one forward without dropout.
 
         Args:
             u_flow: u(z_t, t, t, y) of the r = t rows, which are the last ones: the main forward's output.
         """
         config, k = self.config, len(v) - len(u_flow)
-        rows = draws.guided or guided_rows(config, t, draws.drop)
+        guided = draws.guided or guided_rows(config, t, draws.drop)
         # Guidance needs outputs without dropout, so a network with dropout is evaluated again.
         reuse_u_flow = not has_dropout(self.net)
-        cond_rows = rows.interval if reuse_u_flow else rows.all
+        null_rows, cond_rows = guided.all, guided.interval if reuse_u_flow else guided.all
         if config.kappa == 0:
             cond_rows = cond_rows[:0]
-        u_null, u_cond = self.null_and_conditional(z_t, t, cond, rows.all, cond_rows)
-        if config.kappa and reuse_u_flow:
-            u_cond = torch.cat([u_cond, u_flow.detach()[rows.flow - k]])
-        v_g = guided_velocity(v[rows.all], u_null, u_cond if config.kappa else 0.0, config.omega, config.kappa)
-        return v.index_copy(0, rows.all, v_g)
-
-    @torch.no_grad()
-    def null_and_conditional(self, z_t: Tensor, t: Tensor, cond: Cond, null_rows, cond_rows) -> tuple[Tensor, Tensor]:
-        """u(z_t, t, t, null) of null_rows and u(z_t, t, t, y) of cond_rows, in one forward without dropout."""
-        rows, null_class = torch.cat([null_rows, cond_rows]), self.net.config.num_classes
-        y = torch.cat([torch.full_like(null_rows, null_class), cond["y"][cond_rows]])
+        rows = torch.cat([null_rows, cond_rows])
+        y = torch.cat([torch.full_like(null_rows, self.net.config.num_classes), cond["y"][cond_rows]])
         if not len(rows):  # not used, but all ranks of FSDP must run the same number of forwards
             rows, y = torch.zeros_like(cond["y"][:1]), cond["y"][:1]
         with evaluation(self.net):
             u = self.u(z_t[rows], t[rows], t[rows], {**select(cond, rows), "y": y})
-        end = len(null_rows) + len(cond_rows)
-        return u[: len(null_rows)], u[len(null_rows) : end]
+        u_null, u_cond = u[: len(null_rows)], u[len(null_rows) : len(null_rows) + len(cond_rows)]
+        if config.kappa and reuse_u_flow:
+            u_cond = torch.cat([u_cond, u_flow[guided.flow - k]])
+        v_g = guided_velocity(v[null_rows], u_null, u_cond if config.kappa else 0.0, config.omega, config.kappa)
+        return v.index_copy(0, null_rows, v_g)
 
     def check_batch(self, batch: Batch, k: int) -> None:
         x, draws, y = batch.x, batch.draws, batch.cond.get("y")
