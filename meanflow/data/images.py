@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from meanflow.data.base import Data, UnreadableSample
@@ -99,7 +98,7 @@ class ImageFiles(Data):
             bar = tqdm(range(len(rows)), "images", unit="image", mininterval=1, disable=len(rows) < 10_000)
             self.memory = torch.stack([self.pixels(row) for row in bar])
 
-    def read_labels(self, rows) -> tuple[list[str], Tensor | None]:
+    def read_labels(self, rows) -> tuple[list[str], torch.Tensor | None]:
         """The classes' names and every sample's class, (N,) int64; [] and None without classes."""
         import datasets
 
@@ -122,7 +121,7 @@ class ImageFiles(Data):
     def name(self, index: int) -> str:
         return (self.files[index][self.column] or {}).get("path") or f"{self.source}, row {index}"
 
-    def pixels(self, index: int) -> Tensor:
+    def pixels(self, index: int) -> torch.Tensor:
         """One image, (3, size, size) uint8.
 
         Raises:
@@ -137,7 +136,7 @@ class ImageFiles(Data):
             raise UnreadableSample(f"{self.name(index)} is {height} x {width}, not {size} x {size}: --crop cuts it")
         return torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1)
 
-    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, dict]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[torch.Tensor, dict]:
         x = torch.stack([self.pixels(index) for index in indices]) if self.memory is None else self.memory[indices]
         x = x.float() / 127.5 - 1
         if self.flip:

@@ -87,7 +87,7 @@ def model_card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tup
         metadata=data.to_yaml(),
         shape="x".join(map(str, pipe.shape)),
         kind="A MeanFlow" if pipe.sampling.solver == "meanflow" else "A flow-matching",
-        parameters=f"{sum(p.numel() for p in pipe.net.parameters()):,}",
+        parameters=f"{pipe.net.num_parameters():,}",
         steps=f"{saved_step(source):,}",
         num_classes=len(pipe.id2label),
         call=f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4",

@@ -72,13 +72,9 @@ def make_net(recipe: TrainConfig, data: Data, own: type[ModelMixin] | None = Non
     return net
 
 
-def num_parameters(net: torch.nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
-
-
 def memory(recipe: TrainConfig, net: torch.nn.Module, shards: int = 1) -> dict[str, int]:
     """Bytes that a process holds between steps, without activations; all of it is float32."""
-    weights = 4 * num_parameters(net) // shards
+    weights = 4 * net.num_parameters() // shards
     return {"weights": weights, "gradients": weights, "Adam": 2 * weights, "averages": weights * len(recipe.ema_decay)}
 
 
@@ -100,8 +96,7 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own: Part
     """
     objective = own.objective or OBJECTIVES.get(type(recipe.objective))
     if objective is None:
-        options = type(recipe.objective).__name__
-        raise ValueError(f"objective: none goes with {options}: give yours to run(RECIPE, objective=...)")
+        raise ValueError(f"objective: none goes with {type(recipe.objective).__name__}: give one to run(objective=...)")
     for name in recipe.track:
         if find_spec(name) is None:
             raise ValueError(f"track: {name} is not installed: pip install 'meanflow[track]'")

@@ -23,7 +23,7 @@ def render(plan: Plan) -> str:
     resumes = f"after step {saved_step(plan.start):,}, from {plan.start}" if plan.start else f"nothing: from {begins}"
     small = ", made small" if recipe.smoke else ""
     lines = {
-        "network": f"{recipe.model}{small}: {preflight.num_parameters(net):,} parameters",
+        "network": f"{recipe.model}{small}: {net.num_parameters():,} parameters",
         "data": describe_data(recipe, plan.data),
         "batch": f"{G} = {division}",
         "length": f"{plan.total:,} steps = {plan.total * G / len(plan.data):,.6g} epochs",
