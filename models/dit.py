@@ -67,17 +67,6 @@ class TimestepEmbedder(nn.Module):
             return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
-class LabelEmbedder(nn.Module):
-    """Embeds a class, (B,) -> (B, D); the table's last row is the null class."""
-
-    def __init__(self, num_classes: int, hidden_size: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
-
 class DiTBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -145,7 +134,8 @@ class DiT(ModelMixin, ConfigMixin):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.h_embedder = TimestepEmbedder(hidden_size)
         if num_classes:
-            self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+            # The table's last row is the null class.
+            self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, hidden_size)})
         positions = sincos_positions(hidden_size, *self.x_embedder.grid_size)
         self.register_buffer("pos_embed", positions, persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
@@ -180,7 +170,7 @@ class DiT(ModelMixin, ConfigMixin):
         x = self.x_embedder(z).contiguous() + self.pos_embed  # (B, N, D); PatchEmbed leaves it transposed
         c = self.t_embedder(t) + self.h_embedder(h)  # (B, D)
         if y is not None:
-            c = c + self.y_embedder(y)
+            c = c + self.y_embedder.embedding_table(y)
         c = c.unsqueeze(1)  # (B, 1, D)
         for block in self.blocks:
             x = self._gradient_checkpointing_func(block, x, c) if self.gradient_checkpointing else block(x, c)
