@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
@@ -40,7 +38,7 @@ def jvp(fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...])
     for p, d in zip(primals, tangents):
         if p.shape != d.shape or p.dtype != d.dtype:
             raise ValueError(f"a primal is {tuple(p.shape)} {p.dtype}, its tangent {tuple(d.shape)} {d.dtype}")
-    with forward_ad.dual_level():
+    with torch.autograd.forward_ad.dual_level():
         # torch.compile cannot make a view of an input dual: hence contiguous().
         duals = [join(p.contiguous(), d.detach().contiguous()) for p, d in zip(primals, tangents)]
         with SharedPrimal(), eager():
@@ -125,7 +123,7 @@ def constant(x: Any) -> Any:
     return replace(Dual, lambda dual: dual.p.detach(), x)
 
 
-class SharedPrimal(TorchFunctionMode):
+class SharedPrimal(torch.overrides.TorchFunctionMode):
     """Computes, for each operation on duals, the primal once as usual, and then the tangent under no_grad."""
 
     def __init__(self):
