@@ -257,8 +257,7 @@ class TrainConfig:
         not_negative = ("warmup_steps", "seed", "workers", "grace_steps", "weight_decay")
         check_each(self, not_negative, lambda x: x >= 0, ">= 0")
         check_each(self, ("augment",), lambda x: 0 <= x <= 1, "in [0, 1]")
-        for name, values in (("betas", self.betas), ("ema_decay", self.ema_decay)):
-            check(len(values) > 0 and all(0 <= value < 1 for value in values), name, values, "in [0, 1)")
+        check_each(self, ("betas", "ema_decay"), lambda xs: len(xs) > 0 and all(0 <= x < 1 for x in xs), "in [0, 1)")
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
         check_each(self, ("push_to_hub",), lambda x: re.fullmatch(HUB_ID, x), "a Hub id, user/name")
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")

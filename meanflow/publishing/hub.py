@@ -10,7 +10,6 @@ import threading
 import time
 from pathlib import Path
 
-from meanflow.config import TrainConfig
 from meanflow.files import first_line
 from meanflow.publishing.checkpoints import INDEX
 from meanflow.publishing.export import export
@@ -48,7 +47,7 @@ def push(folder: Path, repo_id: str, private: bool = True, revision: str | None 
 class Pusher:
     """Pushes a run's checkpoints in a process of its own, one at a time; its output is in push.log."""
 
-    def __init__(self, recipe: TrainConfig):
+    def __init__(self, recipe):
         self.recipe, self.child = recipe, None
         self.log, self.log_start = recipe.out / "push.log", 0  # where the output of this push begins
         self.links = recipe.out / ".push"  # hard links to the files being pushed: the run may prune its checkpoint

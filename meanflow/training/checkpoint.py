@@ -112,8 +112,7 @@ class CheckpointWriter:
         except ValueError as error:
             if self.accelerator.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
-            message = f"{folder} could not be saved, the older checkpoints stay: {error}"
-            self.accelerator.print(message, file=sys.stderr)
+            self.accelerator.print(f"{folder} could not be saved, the older checkpoints stay: {error}", file=sys.stderr)
             return False
         return True
 

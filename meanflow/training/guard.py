@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from meanflow.config import TrainConfig
-
 # Windows has no SIGUSR1.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 # Exit codes. STOPPED: the same command goes on from a checkpoint. DIVERGED: something has to be changed first.
@@ -37,7 +35,7 @@ class Guard:
         state: what an earlier part of the run left in its step.json.
     """
 
-    def __init__(self, accelerator, recipe: TrainConfig, state: dict):
+    def __init__(self, accelerator, recipe, state: dict):
         self.accelerator, self.recipe = accelerator, recipe
         self.level = state.get("raw_loss_level")  # running mean of each channel's raw loss
         self.lowest = state.get("lowest_level")  # the lowest that it has been since grace_steps

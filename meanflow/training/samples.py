@@ -3,15 +3,13 @@
 import torch
 from accelerate.utils import send_to_device
 
-from meanflow.config import TrainConfig
-from meanflow.data.base import Data
 from meanflow.noise import generator, noise
 from meanflow.pictures import save_grid
 from meanflow.sampler import average_velocity, sample
 
 
 @torch.no_grad()
-def draw_samples(recipe: TrainConfig, data: Data, net, sampling, accelerator, step: int) -> None:
+def draw_samples(recipe, data, net, sampling, accelerator, step: int) -> None:
     """Writes samples/step-....png: one-step samples, a column for each class; of fixed pairs, their images again.
 
     Conditions beside the class are those of the first samples.

@@ -3,7 +3,6 @@
 import os
 import sys
 
-from meanflow.config import TrainConfig
 from meanflow.data.sources import load_data
 from meanflow.publishing.checkpoints import saved_step
 from meanflow.training import preflight
@@ -35,7 +34,7 @@ def render(plan: Plan) -> str:
     return "\n".join(f"  {name:10}{value}" for name, value in lines.items())
 
 
-def describe_data(recipe: TrainConfig, data) -> str:
+def describe_data(recipe, data) -> str:
     source = "random latents" if recipe.smoke and recipe.vae else recipe.data
     made_by = f" by {recipe.vae}" if recipe.vae else ""
     when = ", encoded at each step" if data.encode is not None else ""
@@ -51,7 +50,7 @@ def show(plan: Plan) -> None:
         print(f"  warning   {warning}", file=sys.stderr)
 
 
-def dry_run(recipe: TrainConfig, own: Parts) -> None:
+def dry_run(recipe, own: Parts) -> None:
     """Shows what a run under this launch would be, without a device."""
     data = (own.data or load_data)(recipe)
     plan = preflight.preflight(recipe, data, int(os.environ.get("WORLD_SIZE", 1)), own)
