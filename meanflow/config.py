@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -26,7 +25,7 @@ def check(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
-def check_each(config: object, names: tuple[str, ...], ok: Callable, allowed: str) -> None:
+def check_each(config: object, names: tuple[str, ...], ok, allowed: str) -> None:
     """Checks each of these fields that is not None."""
     for name in names:
         value = getattr(config, name)
@@ -258,8 +257,7 @@ class TrainConfig:
         not_negative = ("warmup_steps", "seed", "workers", "grace_steps", "weight_decay")
         check_each(self, not_negative, lambda x: x >= 0, ">= 0")
         check_each(self, ("augment",), lambda x: 0 <= x <= 1, "in [0, 1]")
-        for name, values in (("betas", self.betas), ("ema_decay", self.ema_decay)):
-            check(len(values) > 0 and all(0 <= value < 1 for value in values), name, values, "in [0, 1)")
+        check_each(self, ("betas", "ema_decay"), lambda xs: len(xs) > 0 and all(0 <= x < 1 for x in xs), "in [0, 1)")
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
         check_each(self, ("push_to_hub",), lambda x: re.fullmatch(HUB_ID, x), "a Hub id, user/name")
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")
@@ -277,8 +275,7 @@ def flatten(nested: dict, prefix: str = "") -> dict:
 
 def recipe_fields(recipe: TrainConfig, objective_class: str = "MeanFlow") -> dict:
     """The recipe as recipe.json has it: nested dictionaries, lists for tuples, the name of the objective's class."""
-    nested = {**asdict(recipe), "objective_class": objective_class}
-    return json.loads(json.dumps(nested, default=str))
+    return json.loads(json.dumps({**asdict(recipe), "objective_class": objective_class}, default=str))
 
 
 def with_defaults(old: dict) -> dict:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def errors_as(words: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
+def errors_as(words: str, kind: type[ValueError] = ValueError):
     """Turns any error inside, whatever package raises it, into one of `kind`: the words, then its message."""
     try:
         yield

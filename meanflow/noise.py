@@ -4,10 +4,8 @@ This file needs only torch: a copy of it travels with every published model, bes
 """
 
 import hashlib
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 
 def stream_seed(seed: int, index: int, stream: str) -> int:
@@ -23,6 +21,6 @@ def generator(seed: int, index: int, stream: str = "draws") -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, index, stream))
 
 
-def noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+def noise(seed: int, indices, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise, (len(indices), *shape), on the CPU; image k's noise depends only on (seed, k)."""
     return torch.stack([torch.randn(shape, generator=generator(seed, index, "noise")) for index in indices])

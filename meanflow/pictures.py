@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 
-def save_grid(x: Tensor, path: Path, columns: int) -> None:
+def save_grid(x: torch.Tensor, path: Path, columns: int) -> None:
     """Writes pixels in [-1, 1], (B, C, H, W), as a PNG grid; small ones are enlarged, to sides of 32 or more."""
     x = x.detach().float().cpu().clamp(-1, 1)
     enlarge = -(-32 // min(x.shape[2:]))
@@ -16,7 +15,7 @@ def save_grid(x: Tensor, path: Path, columns: int) -> None:
     save_image(make_grid(x / 2 + 0.5, nrow=columns, pad_value=0.5), path)
 
 
-def middle_slices(x: Tensor) -> Tensor:
+def middle_slices(x: torch.Tensor) -> torch.Tensor:
     """Volumes (B, C, D, H, W) as pictures in [-1, 1], (B, 1, H, C * W): each channel's middle slice, side by side.
 
     A channel's darkest and brightest voxels in the slices of all are black and white.

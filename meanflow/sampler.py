@@ -17,9 +17,7 @@ def expand(t: Tensor, z: Tensor) -> Tensor:
     return t.view(-1, *[1] * (z.ndim - 1))
 
 
-def average_velocity(
-    net: Callable, z: Tensor, t: Tensor, r: Tensor, cond: Cond, prediction: str = "u", t_min: float = 0.05
-) -> Tensor:
+def average_velocity(net: Callable, z: Tensor, t: Tensor, r: Tensor, cond: Cond, prediction="u", t_min=0.05) -> Tensor:
     """u(z_t, t, r | cond), like z; u(z_t, t, t | cond) is the instantaneous velocity.
 
     Args:

@@ -9,9 +9,7 @@ from models.dit import DiT
 from models.unet import UNet, UNetCifar
 
 # The classes that are imported above, by the names that saved networks have in their config.json.
-NETWORKS = {
-    name: value for name, value in globals().items() if str(getattr(value, "__module__", "")).startswith("models.")
-}
+NETWORKS = {name: value for name, value in globals().items() if hasattr(value, "from_pretrained")}
 
 # depth, hidden_size, num_heads
 _DIT_SIZES = {"XS": (4, 64, 4), "S": (12, 384, 6), "B": (12, 768, 12)}

@@ -10,10 +10,9 @@ size.
 import math
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 
@@ -68,38 +67,11 @@ class TimestepEmbedder(nn.Module):
             return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
-class LabelEmbedder(nn.Module):
-    """Embeds a class, (B,) -> (B, D); the table's last row is the null class."""
-
-    def __init__(self, num_classes: int, hidden_size: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D); the qkv features are ordered (q/k/v, head, channel)."""
-
-    def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, D / heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, D / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-
 class DiTBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -162,7 +134,8 @@ class DiT(ModelMixin, ConfigMixin):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.h_embedder = TimestepEmbedder(hidden_size)
         if num_classes:
-            self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+            # The table's last row is the null class.
+            self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, hidden_size)})
         positions = sincos_positions(hidden_size, *self.x_embedder.grid_size)
         self.register_buffer("pos_embed", positions, persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
@@ -197,7 +170,7 @@ class DiT(ModelMixin, ConfigMixin):
         x = self.x_embedder(z).contiguous() + self.pos_embed  # (B, N, D); PatchEmbed leaves it transposed
         c = self.t_embedder(t) + self.h_embedder(h)  # (B, D)
         if y is not None:
-            c = c + self.y_embedder(y)
+            c = c + self.y_embedder.embedding_table(y)
         c = c.unsqueeze(1)  # (B, 1, D)
         for block in self.blocks:
             x = self._gradient_checkpointing_func(block, x, c) if self.gradient_checkpointing else block(x, c)
@@ -211,7 +184,4 @@ class DiT(ModelMixin, ConfigMixin):
         order = [0, -1]  # the batch, the channels, and then each axis of the grid beside the same axis of the patches
         for axis in range(1, axes + 1):
             order += [axis, axis + axes]
-        x = x.permute(*order)
-        for axis in range(2, axes + 2):
-            x = x.flatten(axis, axis + 1)
-        return x
+        return x.permute(*order).reshape(-1, *self.z_shape)

@@ -142,9 +142,8 @@ class UNetCifar(ModelMixin, ConfigMixin):
             return UNetBlock(width_in, width_out, embedding_size, dropout, **options)
 
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        levels = [
-            (f"{img_resolution >> i}x{img_resolution >> i}", model_channels * m) for i, m in enumerate(channel_mult)
-        ]
+        sides = [img_resolution >> level for level in range(len(channel_mult))]
+        levels = [(f"{side}x{side}", model_channels * mult) for side, mult in zip(sides, channel_mult)]
         width, widths = model_channels, []  # of what the decoder gets from the encoder
         for name, level_width in levels:
             if name == levels[0][0]:
@@ -169,9 +168,7 @@ class UNetCifar(ModelMixin, ConfigMixin):
         self.dec[f"{levels[0][0]}_aux_norm"] = group_norm(width)
         self.dec[f"{levels[0][0]}_aux_conv"] = Conv(width, out_channels, 3, gain=1e-5)
 
-    def forward(
-        self, z: Tensor, t: Tensor, h: Tensor, y: Tensor | None = None, augment_labels: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, h: Tensor, y: Tensor | None = None, augment_labels: Tensor | None = None):
         """The average velocity over [t - h, t], like z.
 
         Args:

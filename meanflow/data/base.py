@@ -1,7 +1,6 @@
 """The protocol of data. Data of your own are one class that follows it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ class Data:
     def __len__(self) -> int:
         return self.metadata["count"]
 
-    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Any, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor | tuple, Cond]:
         """These samples, and the conditions that go to the network by keyword.
 
         Args:

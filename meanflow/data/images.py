@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from meanflow.data.base import Data, UnreadableSample
 from meanflow.files import errors_as
-from meanflow.sampler import Cond
 
 CROP = "ADM centre crop"
+TABLES = (".parquet", ".arrow")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -46,7 +45,9 @@ def open_source(source: str, split: str):
 
     datasets.disable_progress_bars()
     path = Path(source).expanduser()
-    if not path.exists() and not is_hub_id(source):
+    # A Hub id looks like owner/name, and not like a path whose last part is missing.
+    is_path = source.startswith((".", "~", "/")) or path.parent.exists() or source.count("/") != 1
+    if is_path and not path.exists():
         raise ValueError(f"{source}: no such file or folder, and no Hub id (owner/name)")
     with errors_as(f"{source}: datasets cannot open it"):
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -54,30 +55,14 @@ def open_source(source: str, split: str):
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         if path.is_file():
             return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
-        if path.is_dir():
-            return open_folder(path, split)
-        return datasets.load_dataset(source, split=split)
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether this looks like owner/name, and not like a path whose last part is missing."""
-    is_path = source.startswith((".", "~", "/")) or Path(source).parent.exists()
-    return source.count("/") == 1 and not is_path
-
-
-def open_folder(folder: Path, split: str):
-    """Names the files itself: datasets by itself would take a class such as bullet_train for a split."""
-    import datasets
-
-    inside = list((folder / split).iterdir()) if (folder / split).is_dir() else []
-    if any(entry.is_dir() or is_table(entry) for entry in inside):
-        folder = folder / split
-    has_split_tables = any(is_table(entry) for entry in folder.rglob(f"{split}*"))
-    return datasets.load_dataset(str(folder), data_files=f"**/{split}*" if has_split_tables else "**", split="train")
-
-
-def is_table(path: Path) -> bool:
-    return path.suffix in (".parquet", ".arrow")
+        if not path.is_dir():
+            return datasets.load_dataset(source, split=split)
+        # Names the files itself: datasets by itself would take a class such as bullet_train for a split.
+        inside = list((path / split).iterdir()) if (path / split).is_dir() else []
+        if any(entry.is_dir() or entry.suffix in TABLES for entry in inside):
+            path = path / split
+        has_split_tables = any(entry.suffix in TABLES for entry in path.rglob(f"{split}*"))
+        return datasets.load_dataset(str(path), data_files=f"**/{split}*" if has_split_tables else "**", split="train")
 
 
 class ImageFiles(Data):
@@ -113,7 +98,7 @@ class ImageFiles(Data):
             bar = tqdm(range(len(rows)), "images", unit="image", mininterval=1, disable=len(rows) < 10_000)
             self.memory = torch.stack([self.pixels(row) for row in bar])
 
-    def read_labels(self, rows) -> tuple[list[str], Tensor | None]:
+    def read_labels(self, rows) -> tuple[list[str], torch.Tensor | None]:
         """The classes' names and every sample's class, (N,) int64; [] and None without classes."""
         import datasets
 
@@ -136,7 +121,7 @@ class ImageFiles(Data):
     def name(self, index: int) -> str:
         return (self.files[index][self.column] or {}).get("path") or f"{self.source}, row {index}"
 
-    def pixels(self, index: int) -> Tensor:
+    def pixels(self, index: int) -> torch.Tensor:
         """One image, (3, size, size) uint8.
 
         Raises:
@@ -151,7 +136,7 @@ class ImageFiles(Data):
             raise UnreadableSample(f"{self.name(index)} is {height} x {width}, not {size} x {size}: --crop cuts it")
         return torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1)
 
-    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[torch.Tensor, dict]:
         x = torch.stack([self.pixels(index) for index in indices]) if self.memory is None else self.memory[indices]
         x = x.float() / 127.5 - 1
         if self.flip:

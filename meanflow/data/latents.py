@@ -20,10 +20,8 @@ from tqdm import tqdm
 
 from meanflow.config import TrainConfig
 from meanflow.data.base import Data
-from meanflow.data.images import ImageFiles
 from meanflow.data.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_metadata
 from meanflow.files import checksum, errors_as, read_json
-from meanflow.sampler import Cond
 
 LATENTS = "latents.json"
 
@@ -137,10 +135,8 @@ class Latents(LatentSpace):
             with errors_as(f"{folder / shard['file']} is damaged"):
                 with pa.memory_map(str(folder / shard["file"])) as file:
                     table = pa.ipc.open_stream(file).read_all()
-                column = table["moments"].chunk(0)
                 # Views of the file's pages: to decode the rows is ten times slower.
-                while isinstance(column, pa.FixedSizeListArray):
-                    column = column.flatten()
+                column = table["moments"].chunk(0).flatten(recursive=True)
                 self.moments.append(column.to_numpy().reshape(-1, *metadata["shape"]))
                 labels.append(table["label"].to_numpy())
         self.labels = torch.from_numpy(np.concatenate(labels))
@@ -154,7 +150,7 @@ class Latents(LatentSpace):
             out[row] = self.moments[shard][index - self.ends[shard], flip]  # counted from the shard's end
         return torch.from_numpy(out)
 
-    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, dict]:
         flips, noise = [], torch.empty(len(indices), *self.shape)
         for row, random in enumerate(generators):
             flips.append(int(self.recipe.flip and torch.rand((), generator=random) < 0.5))
@@ -177,7 +173,7 @@ class EncodedImages(LatentSpace):
     The x of a batch is (pixels, noise), from which `encode` makes latents in model units.
     """
 
-    def __init__(self, images: ImageFiles, recipe: TrainConfig):
+    def __init__(self, images: Data, recipe: TrainConfig):
         if recipe.normalization == "channel":
             raise ValueError("normalization must be scale without a cache, which has the statistics, got channel")
         vae = load_vae(recipe.vae)
@@ -189,7 +185,7 @@ class EncodedImages(LatentSpace):
         metadata = {**images.metadata, **vae_metadata(vae, recipe.vae), "normalization": recipe.normalization}
         super().__init__(metadata, shift, scale, vae)
 
-    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[tuple, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[tuple, dict]:
         pixels, cond = self.images.batch(indices, generators)
         noise = torch.stack([torch.randn(self.shape, generator=random) for random in generators])
         return (pixels, noise), cond if self.num_classes else {}

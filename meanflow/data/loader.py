@@ -6,7 +6,6 @@ which slots, and a run resumes by starting at another step.
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -29,9 +28,7 @@ class SlotBatches(Sampler):
         ValueError: the global batch does not divide, or the objective refuses such micro-batches.
     """
 
-    def __init__(
-        self, recipe: TrainConfig, objective: type[Objective], num_samples: int, steps: range, rank=0, world_size=1
-    ):
+    def __init__(self, recipe: TrainConfig, objective, num_samples: int, steps: range, rank=0, world_size=1):
         self.recipe, self.objective, self.num_samples = recipe, objective, num_samples
         self.steps, self.rank, self.world_size = steps, rank, world_size
         self.micro_batch, rest = divmod(recipe.global_batch, world_size * recipe.accumulation_steps)
@@ -40,10 +37,7 @@ class SlotBatches(Sampler):
             raise ValueError(f"global_batch must be a multiple of {parts}, got {recipe.global_batch}")
         objective.order_slots(recipe.objective, range(self.micro_batch), recipe.global_batch)  # it may refuse them
 
-    def __len__(self) -> int:
-        return len(self.steps) * self.recipe.accumulation_steps
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self):
         G, epoch = self.recipe.global_batch, None
         for step in self.steps:
             for micro_step in range(self.recipe.accumulation_steps):
@@ -78,10 +72,8 @@ class SlotData(Dataset):
         return Batch(x, draws, cond)
 
 
-def make_loader(
-    recipe: TrainConfig, objective: type[Objective], data: Data, steps: range, rank: int = 0, world_size: int = 1
-) -> DataLoader:
-    """The micro-batches of one process in these steps, as Batch on the CPU.
+def make_loader(recipe: TrainConfig, objective: type[Objective], data: Data, steps: range, rank=0, world_size=1):
+    """The DataLoader of one process's micro-batches in these steps, each a Batch on the CPU.
 
     Raises:
         ValueError: the global batch does not divide, or the objective refuses such micro-batches.

@@ -11,8 +11,6 @@ from meanflow.data.images import ImageFiles
 from meanflow.data.latents import EncodedImages, Latents, is_cache
 from meanflow.data.volumes import Volumes, has_volumes, shapes
 
-BUILT_IN = ("digits", "shapes")
-
 
 def load_data(recipe: TrainConfig) -> Data:
     """The recipe's training data.
@@ -34,7 +32,12 @@ def open_data(recipe: TrainConfig) -> Data:
     """Tries one kind of data after the other: built-in ones, a latent cache, volumes, images."""
     folder = Path(recipe.data).expanduser()
     are_volumes = recipe.resolution is None and has_volumes(folder)
-    check_options(recipe, without_pixels=are_volumes or recipe.data in BUILT_IN)
+    if recipe.data != "digits" and recipe.subset:
+        raise ValueError(f"subset is for digits, got data {recipe.data}")
+    for name in ("vae", "flip"):
+        value = getattr(recipe, name)
+        if value and (are_volumes or recipe.data in ("digits", "shapes")):
+            raise ValueError(f"{name} is not for {recipe.data}, got {value}: name a folder of images with --data")
     if recipe.data == "digits":
         images = digits(recipe.resolution or 8)[0]
         return subset(images, recipe.subset) if recipe.subset else images
@@ -50,15 +53,6 @@ def open_data(recipe: TrainConfig) -> Data:
         raise ValueError(f"{recipe.data}: no such folder: name it with --data; tools/cache_latents.py makes latents")
     images = ImageFiles(recipe.data, recipe.resolution, flip=recipe.flip, crop=recipe.crop)
     return images if recipe.vae is None else EncodedImages(images, recipe)
-
-
-def check_options(recipe: TrainConfig, without_pixels: bool) -> None:
-    if recipe.data != "digits" and recipe.subset:
-        raise ValueError(f"subset is for digits, got data {recipe.data}")
-    for name in ("vae", "flip"):
-        value = getattr(recipe, name)
-        if value and without_pixels:
-            raise ValueError(f"{name} is not for {recipe.data}, got {value}: name a folder of images with --data")
 
 
 def digits(resolution: int = 8) -> tuple[InMemory, InMemory]:

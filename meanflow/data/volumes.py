@@ -5,11 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from meanflow.data.base import Data, UnreadableSample
 from meanflow.files import errors_as
-from meanflow.sampler import Cond
 
 SUFFIXES = (".npy", ".safetensors")
 
@@ -37,11 +35,11 @@ class Volumes(Data):
                 raise ValueError(f"{path}: a volume must be {first}, got {shape}")
         self.metadata = {"source": str(folder), "count": len(self.files), "classes": []}
 
-    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[torch.Tensor, dict]:
         return torch.stack([volume(self.files[index]) for index in indices]), {}
 
 
-def volume(path: Path, shape_only: bool = False) -> Tensor | tuple[int, ...]:
+def volume(path: Path, shape_only: bool = False) -> torch.Tensor | tuple[int, ...]:
     """A file's volume in float32, or its shape without reading the rest.
 
     Raises:
@@ -63,7 +61,7 @@ def volume(path: Path, shape_only: bool = False) -> Tensor | tuple[int, ...]:
     return x
 
 
-def shapes(count: int = 512, side: int = 16) -> Tensor:
+def shapes(count: int = 512, side: int = 16) -> torch.Tensor:
     """Smooth random balls, (count, 4, side, side, side); each channel has a mean and a deviation of its own."""
     random, axis = torch.Generator().manual_seed(0), torch.linspace(-1, 1, side)
     grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))  # (3, D, H, W)

@@ -1,11 +1,10 @@
 """Distances between two sets of images, in whatever features one gives them."""
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy.spatial.distance import cdist
 
 
-def energy_distance(x: ArrayLike, y: ArrayLike) -> float:
+def energy_distance(x, y) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| over all pairs, diagonals included, so that it is never negative.
 
     x: (N, D), y: (M, D). It is 0 only for equal distributions (Szekely and Rizzo 2013). Its unit is that of the
@@ -14,7 +13,7 @@ def energy_distance(x: ArrayLike, y: ArrayLike) -> float:
     return float(2 * cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean())
 
 
-def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
+def frechet_distance(x, y) -> float:
     """|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of the sets' means and covariances.
 
     x: (N, D), y: (M, D). Only in Inception's features is this FID (arXiv:1706.08500).

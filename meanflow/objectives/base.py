@@ -59,9 +59,8 @@ class Objective(nn.Module):
     def __init__(self, net: nn.Module, config: ObjectiveConfig):
         super().__init__()
         self.net, self.config = net, config
-        self._no_split_modules = getattr(
-            net, "_no_split_modules", None
-        )  # the kinds of blocks that FSDP gathers one by one
+        # The kinds of blocks that FSDP gathers one by one.
+        self._no_split_modules = getattr(net, "_no_split_modules", None)
 
     @staticmethod
     def order_slots(config: ObjectiveConfig, slots: Sequence[int], global_batch: int) -> list[int]:
@@ -73,9 +72,7 @@ class Objective(nn.Module):
         return list(slots)
 
     @staticmethod
-    def make_draws(
-        config: ObjectiveConfig, shape: tuple[int, ...], seed: int, slots: Sequence[int], global_batch: int
-    ) -> Any:
+    def make_draws(config: ObjectiveConfig, shape: tuple, seed: int, slots: Sequence[int], global_batch: int) -> Any:
         """Draws all random values of these slots, on the CPU: a pure function, so that a run can resume bit for bit.
 
         Args:
@@ -126,7 +123,7 @@ class Objective(nn.Module):
 
     def train(self, mode: bool = True) -> "Objective":
         super().train(mode)
-        for _, module in self.named_children():
+        for module in self.children():
             if is_frozen(module):
                 module.eval()
         return self

@@ -113,9 +113,7 @@ def drop_labels(config: MeanFlowConfig, uniform: Tensor, interval: Tensor) -> Te
     return ~interval & (uniform < config.class_dropout_prob / (1 - config.meanflow_ratio))
 
 
-def make_draws(
-    config: MeanFlowConfig, shape: tuple[int, ...], seed: int, slots: Sequence[int], global_batch: int | None = None
-) -> Draws:
+def make_draws(config: MeanFlowConfig, shape: tuple, seed: int, slots: Sequence[int], global_batch=None) -> Draws:
     """The draws of these slots: a pure function.
 
     Args:

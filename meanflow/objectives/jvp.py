@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
+REGISTERED = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
 def jvp(fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Any, Any]:
@@ -39,7 +38,7 @@ def jvp(fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...])
     for p, d in zip(primals, tangents):
         if p.shape != d.shape or p.dtype != d.dtype:
             raise ValueError(f"a primal is {tuple(p.shape)} {p.dtype}, its tangent {tuple(d.shape)} {d.dtype}")
-    with forward_ad.dual_level():
+    with torch.autograd.forward_ad.dual_level():
         # torch.compile cannot make a view of an input dual: hence contiguous().
         duals = [join(p.contiguous(), d.detach().contiguous()) for p, d in zip(primals, tangents)]
         with SharedPrimal(), eager():
@@ -65,9 +64,7 @@ def support_fsdp2() -> None:
     RegisterPostBackwardFunction.jvp = staticmethod(lambda ctx, _, *tangents: tuple(d.view_as(d) for d in tangents))
 
 
-def finite_difference(
-    fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], step: float = 0.005
-) -> tuple[Tensor, Tensor]:
+def finite_difference(fn: Callable, primals: tuple, tangents: tuple, step: float = 0.005) -> tuple[Tensor, Tensor]:
     """Does the same by central differences, for networks without forward-mode derivatives, with two more forwards.
 
     The derivative's error is step^2 / 6 times the third derivative, plus rounding over step: below 1e-3 of the largest
@@ -126,7 +123,7 @@ def constant(x: Any) -> Any:
     return replace(Dual, lambda dual: dual.p.detach(), x)
 
 
-class SharedPrimal(TorchFunctionMode):
+class SharedPrimal(torch.overrides.TorchFunctionMode):
     """Computes, for each operation on duals, the primal once as usual, and then the tangent under no_grad."""
 
     def __init__(self):
@@ -173,11 +170,14 @@ def rule_of(func: Callable, args: list, kwargs: dict) -> Callable:
     """The rule for the tangent of this call.
 
     Every rule knows its first tensor by its place, and the rules of two tensors know both. A call that gives one of
-    them by keyword is rare, and goes to PyTorch's forward mode.
+    them by keyword is rare, and goes to PyTorch's forward mode. So does a call with a tangent beside the
+    first tensor's, such as the weight's, where the rule is for none.
     """
     rule = RULES.get(func, forward_mode)
     by_keyword = not args or (rule in (add, bilinear, multiply) and any(map(is_dual, kwargs.values())))
-    return forward_mode if by_keyword else rule
+    if by_keyword or (rule in (affine, layer_norm, group_norm) and not is_constant(*args[1:], *kwargs.values())):
+        return forward_mode
+    return rule
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -202,7 +202,6 @@ ONCE = {"bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softma
 ONCE |= {"batch_norm", "instance_norm", "__get__", "__set__", "__setitem__", "register_hook"}
 ONCE |= {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p")
 
 
 @cache
@@ -216,8 +215,7 @@ def must_run_once(func: Callable, args: tuple, kwargs: dict) -> bool:
     if func.__name__ in RECURRENT:
         return all(args[5:7])  # dropout between the layers, and training
     if func is F.scaled_dot_product_attention:
-        given = {**dict(zip(ATTENTION_ARGUMENTS, args)), **kwargs}
-        return given.get("dropout_p", 0.0) > 0
+        return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
     writes = kwargs.get("inplace", False) or kwargs.get("out") is not None
     return writes or runs_once(func.__name__)
 
@@ -232,14 +230,10 @@ def forward_mode(func: Callable, out: Any, *args, **kwargs) -> Any:
         out = func(*args, **kwargs)
     d = replace(Tensor, lambda x: split(x).d, out)
     # Operations that others register, such as torchvision's deform_conv2d, lose the tangent without an error.
-    if is_registered_by_others(func) and all(x is None for x in (d if isinstance(d, (list, tuple)) else [d])):
-        raise NotImplementedError(f"{func} has no forward-mode derivative")
+    if isinstance(func, REGISTERED) and not str(func).startswith("aten."):
+        if all(x is None for x in (d if isinstance(d, (list, tuple)) else [d])):
+            raise NotImplementedError(f"{func} has no forward-mode derivative")
     return d
-
-
-def is_registered_by_others(func: Callable) -> bool:
-    is_registered = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
-    return is_registered and not str(func).startswith("aten.")
 
 
 def is_constant(*args) -> bool:
@@ -282,8 +276,6 @@ def add(func: Callable, out: Tensor, a: Any, b: Any, **kwargs) -> Tensor:
 
 def affine(func: Callable, out: Tensor, x: Dual, weight: Dual, bias: Dual | None = None, *args, **kwargs) -> Tensor:
     """Linear layers and convolutions: df = f(dx, W), without the zero tangents' products of PyTorch's rule."""
-    if x.d is None or not is_constant(weight, bias):
-        return forward_mode(func, out, x, weight, bias, *args, **kwargs)
     return func(x.d, weight.p, None, *args, **kwargs)
 
 
@@ -298,8 +290,6 @@ def silu(func: Callable, out: Tensor, x: Dual, inplace: bool = False) -> Tensor:
 
 def layer_norm(func, out: Tensor, x: Dual, shape, weight: Dual | None = None, bias: Dual | None = None, eps=1e-5):
     """The Jacobian of a normalisation is symmetric, so its backward kernel is its tangent, before the scale."""
-    if x.d is None or not is_constant(weight, bias):
-        return forward_mode(func, out, x, shape, weight, bias, eps)
     _, mean, rstd = torch.native_layer_norm(x.p, shape, None, None, eps)
     d, _, _ = aten.native_layer_norm_backward(x.d, x.p, shape, mean, rstd, None, None, [True, False, False])
     return d if weight is None else d * weight.p
@@ -307,8 +297,6 @@ def layer_norm(func, out: Tensor, x: Dual, shape, weight: Dual | None = None, bi
 
 def group_norm(func, out: Tensor, x: Dual, groups: int, weight: Dual | None = None, bias: Dual | None = None, eps=1e-5):
     """As layer_norm."""
-    if x.d is None or not is_constant(weight, bias):
-        return forward_mode(func, out, x, groups, weight, bias, eps)
     p, d = (a.to(out.dtype).contiguous() for a in (x.p, x.d))  # autocast may have made it float32
     size = (*p.shape[:2], p[0, 0].numel())
     _, mean, rstd = torch.native_group_norm(p, None, None, *size, groups, eps)

@@ -1,7 +1,8 @@
 """The MeanFlow objective, arXiv:2505.13447: it trains the average velocity u by a target made of v and du/dt."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,7 @@ JVP = {"exact": jvp, "finite-difference": finite_difference}
 MIN_INTERVALS = 16  # r != t samples in an optimiser step; with fewer a run gets a warning
 
 
-def mean_velocity_target(
-    u_fn: Callable, z_t: Tensor, t: Tensor, r: Tensor, v: Tensor, jvp: Callable = jvp
-) -> tuple[Tensor, Tensor, Tensor]:
+def mean_velocity_target(u_fn: Callable, z_t: Tensor, t: Tensor, r: Tensor, v: Tensor, jvp: Callable = jvp):
     """The average velocity u, its regression target and du/dt, eqs. (8)-(11).
 
     Args:
@@ -90,10 +89,8 @@ class MeanFlow(Objective):
         u = self.u(z_t[flow], t[flow], r[flow], select(cond, flow)) if k < len(x) else v[flow]
         u_tgt = v_g = self.guide(v, z_t, t, cond, u, draws) if config.guided else v
         if k:
-            cond_k = select(cond, slice(k))
-            u_k, u_tgt_k, du_dt = mean_velocity_target(
-                lambda z, t, r: self.u(z, t, r, cond_k), z_t[:k], t[:k], r[:k], v_g[:k], JVP[config.jvp]
-            )
+            u_fn = partial(self.u, cond=select(cond, slice(k)))
+            u_k, u_tgt_k, du_dt = mean_velocity_target(u_fn, z_t[:k], t[:k], r[:k], v_g[:k], JVP[config.jvp])
             u, u_tgt = torch.cat([u_k, u]), torch.cat([u_tgt_k, v_g[flow]])
             metrics["du_dt"] = du_dt.flatten(1).norm(dim=1).mean()
 
@@ -108,47 +105,40 @@ class MeanFlow(Objective):
         error = squared_error.flatten(1).sum(dim=1)
         return (adaptive_weight(error, self.config.norm_p, self.config.norm_eps) * error).mean()
 
+    @torch.no_grad()
     def guide(self, v: Tensor, z_t: Tensor, t: Tensor, cond: Cond, u_flow: Tensor, draws: Draws) -> Tensor:
         """The guided velocity, detached, like v; only the rows where guidance acts are evaluated, the others are v.
+
+        u(z_t, t, t, null) and u(z_t, t, t, y) are evaluated in one forward without dropout.
 
         Args:
             u_flow: u(z_t, t, t, y) of the r = t rows, which are the last ones: the main forward's output.
         """
         config, k = self.config, len(v) - len(u_flow)
-        rows = draws.guided or guided_rows(config, t, draws.drop)
+        guided = draws.guided or guided_rows(config, t, draws.drop)
         # Guidance needs outputs without dropout, so a network with dropout is evaluated again.
         reuse_u_flow = not has_dropout(self.net)
-        cond_rows = rows.interval if reuse_u_flow else rows.all
+        null_rows, cond_rows = guided.all, guided.interval if reuse_u_flow else guided.all
         if config.kappa == 0:
             cond_rows = cond_rows[:0]
-        u_null, u_cond = self.null_and_conditional(z_t, t, cond, rows.all, cond_rows)
-        if config.kappa and reuse_u_flow:
-            u_cond = torch.cat([u_cond, u_flow.detach()[rows.flow - k]])
-        v_g = guided_velocity(v[rows.all], u_null, u_cond if config.kappa else 0.0, config.omega, config.kappa)
-        return v.index_copy(0, rows.all, v_g)
-
-    @torch.no_grad()
-    def null_and_conditional(
-        self, z_t: Tensor, t: Tensor, cond: Cond, null_rows: Tensor, cond_rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """u(z_t, t, t, null) of null_rows and u(z_t, t, t, y) of cond_rows, in one forward without dropout."""
-        rows, null_class = torch.cat([null_rows, cond_rows]), self.net.config.num_classes
-        y = torch.cat([torch.full_like(null_rows, null_class), cond["y"][cond_rows]])
+        rows = torch.cat([null_rows, cond_rows])
+        y = torch.cat([torch.full_like(null_rows, self.net.config.num_classes), cond["y"][cond_rows]])
         if not len(rows):  # not used, but all ranks of FSDP must run the same number of forwards
             rows, y = torch.zeros_like(cond["y"][:1]), cond["y"][:1]
         with evaluation(self.net):
             u = self.u(z_t[rows], t[rows], t[rows], {**select(cond, rows), "y": y})
-        end = len(null_rows) + len(cond_rows)
-        return u[: len(null_rows)], u[len(null_rows) : end]
+        u_null, u_cond = u[: len(null_rows)], u[len(null_rows) : len(null_rows) + len(cond_rows)]
+        if config.kappa and reuse_u_flow:
+            u_cond = torch.cat([u_cond, u_flow[guided.flow - k]])
+        v_g = guided_velocity(v[null_rows], u_null, u_cond if config.kappa else 0.0, config.omega, config.kappa)
+        return v.index_copy(0, null_rows, v_g)
 
     def check_batch(self, batch: Batch, k: int) -> None:
         x, draws, y = batch.x, batch.draws, batch.cond.get("y")
         if x.shape != draws.e.shape:
             raise ValueError(f"noise must be {tuple(x.shape)} like the data, got {tuple(draws.e.shape)}")
         if self.config.channel_weights is not None and self.channel_weights is None:
-            raise ValueError(
-                "channel_weights are inverse-variance, and the variances are not known: call prepare(data)"
-            )
+            raise ValueError("channel_weights are inverse-variance, of data that are not known: call prepare(data)")
         self.check(self.config, self.net, x.shape[1:], 0 if y is None else self.net.config.num_classes)
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"classes must be ({len(x)},) int64, got {tuple(y.shape)} {y.dtype}")
@@ -213,7 +203,7 @@ def has_dropout(net: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluation(net: nn.Module) -> Iterator[None]:
+def evaluation(net: nn.Module):
     """Inside this context every layer of net is in evaluation mode."""
     layers = [layer for layer in net.modules() if layer.training]
     try:

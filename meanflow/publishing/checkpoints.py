@@ -122,12 +122,11 @@ def sampling_of_meanflow(objective: dict) -> dict:
     return MeanFlow.sampling(MeanFlowConfig(**options))._asdict()
 
 
-def load_pipeline(
-    source: str | Path, ema: float | None = None, variant=None, revision=None, trust_remote_code: bool = False
-) -> MeanFlowPipeline:
+def load_pipeline(source, ema=None, variant=None, revision=None, trust_remote_code=False) -> MeanFlowPipeline:
     """The pipeline of a run (its newest checkpoint), a checkpoint, an exported folder or a Hub id, in float32.
 
     Args:
+        source: a path or an id.
         ema: of a run, the decay of the average to take; default: the recipe's first.
         variant: of an exported folder, bf16 or fp16: the precision that its weights were saved in.
         revision: of a Hub id: a branch, tag or commit.

@@ -14,9 +14,7 @@ from meanflow.publishing.checkpoints import INDEX, checkpoints, find_checkpoint,
 from meanflow.publishing.pipeline import MeanFlowPipeline
 
 
-def export(
-    source: Path, out: Path, ema=None, variants=(), license="other", datasets=(), trust_remote_code=False
-) -> None:
+def export(source: Path, out: Path, ema=None, variants=(), license="other", datasets=(), trust_remote_code=False):
     """Writes the pipeline folder of a run or checkpoint, with its model card, whole or not at all.
 
     Args:
@@ -57,7 +55,11 @@ def save_picture(source: Path, pipe: MeanFlowPipeline, path: Path, is_first_aver
     if drawn.exists() and is_first_average and pipe.sampling.solver == "meanflow":
         shutil.copyfile(drawn, path)
     elif not pipe.condition_names(required=True):  # which only its user could choose
-        draw_picture(pipe, path)
+        columns = min(pipe.num_classes, 10) or 8
+        y = torch.linspace(0, pipe.num_classes - 1, columns).long().tolist() if pipe.num_classes else None
+        pipe.set_progress_bar_config(disable=True)
+        x = pipe(y, columns, latents=pipe.noise(0, range(columns)), output_type="pt").images
+        save_grid(middle_slices(x) if x.ndim == 5 else 2 * x - 1, path, columns)
 
 
 def cast(pipe: MeanFlowPipeline, dtype: str | None) -> MeanFlowPipeline:
@@ -66,15 +68,6 @@ def cast(pipe: MeanFlowPipeline, dtype: str | None) -> MeanFlowPipeline:
         if part is not None and dtype is not None:
             torch.nn.Module.to(part, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])  # diffusers' own warns
     return pipe
-
-
-def draw_picture(pipe: MeanFlowPipeline, path: Path) -> None:
-    """One sample of each of up to ten classes, with the checkpoint's default settings."""
-    columns = min(pipe.num_classes, 10) or 8
-    y = torch.linspace(0, pipe.num_classes - 1, columns).long().tolist() if pipe.num_classes else None
-    pipe.set_progress_bar_config(disable=True)
-    x = pipe(y, columns, latents=pipe.noise(0, range(columns)), output_type="pt").images
-    save_grid(middle_slices(x) if x.ndim == 5 else 2 * x - 1, path, columns)
 
 
 def model_card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str, ...], measured: str) -> str:
@@ -94,7 +87,7 @@ def model_card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tup
         metadata=data.to_yaml(),
         shape="x".join(map(str, pipe.shape)),
         kind="A MeanFlow" if pipe.sampling.solver == "meanflow" else "A flow-matching",
-        parameters=f"{sum(p.numel() for p in pipe.net.parameters()):,}",
+        parameters=f"{pipe.net.num_parameters():,}",
         steps=f"{saved_step(source):,}",
         num_classes=len(pipe.id2label),
         call=f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4",

@@ -8,10 +8,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from meanflow.config import TrainConfig
 from meanflow.files import first_line
 from meanflow.publishing.checkpoints import INDEX
 from meanflow.publishing.export import export
@@ -49,7 +47,7 @@ def push(folder: Path, repo_id: str, private: bool = True, revision: str | None 
 class Pusher:
     """Pushes a run's checkpoints in a process of its own, one at a time; its output is in push.log."""
 
-    def __init__(self, recipe: TrainConfig):
+    def __init__(self, recipe):
         self.recipe, self.child = recipe, None
         self.log, self.log_start = recipe.out / "push.log", 0  # where the output of this push begins
         self.links = recipe.out / ".push"  # hard links to the files being pushed: the run may prune its checkpoint
@@ -86,7 +84,7 @@ class Pusher:
         lines = self.log.read_text()[self.log_start :].strip().splitlines()
         return lines[-1].removeprefix("error: ") if lines else f"its process ended with {self.child.returncode}"
 
-    def wait(self, end: float, interrupted: Callable[[], bool]) -> str | None:
+    def wait(self, end: float, interrupted) -> str | None:
         """Waits for the push under way, and returns why it failed; None if it did not."""
         while self.child is not None and self.child.poll() is None:
             if interrupted():
@@ -96,8 +94,8 @@ class Pusher:
             time.sleep(0.1)
         return self.fault() if self.child is not None else "it could not begin"
 
-    def finish(self, source: Path | None, reason: str, interrupted: Callable[[], bool]) -> str:
-        """Pushes `source`. If it is None, pushes nothing and reports `reason`. Returns the message."""
+    def finish(self, source: Path | None, reason: str, interrupted) -> str:
+        """Pushes `source`, or reports `reason` if it is None; interrupted() ends the wait. Returns the message."""
         end = time.monotonic() + DEADLINE
         if source is not None:
             self.wait(end, interrupted)

@@ -177,8 +177,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         e = randn_tensor(shape, generator, device) if latents is None else latents.to(device)
         if tuple(e.shape) != shape:
             raise ValueError(f"latents must be {shape}, got {tuple(e.shape)}")
-        is_trained_in = self.sampling.guidance_scale is not None
-        scale = 1.0 if guidance_scale is None or is_trained_in else guidance_scale
+        scale = 1.0 if guidance_scale is None or self.sampling.guidance_scale is not None else guidance_scale
 
         with self.progress_bar(total=num_inference_steps * {"heun": 2, "rk4": 4}.get(solver, 1)) as bar:
 

@@ -5,20 +5,14 @@ import shutil
 import socket
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import ModelMixin
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor
-from torch.nn import Module
-from torch.optim import Optimizer
 
 from meanflow.config import FREE_ON_RESUME, TrainConfig, different, flatten, with_defaults
 from meanflow.fetch import fetch
@@ -26,7 +20,6 @@ from meanflow.files import checksum, errors_as, first_line, read_json, sync, wri
 from meanflow.objectives.base import Objective
 from meanflow.publishing.checkpoints import CHECKSUMS, checkpoints
 from meanflow.publishing.pipeline import network_file
-from meanflow.training.ema import Averages
 
 OPTIMIZER, OBJECTIVE = "optimizer.safetensors", "objective.safetensors"
 # The state of all shards, on the main process.
@@ -54,21 +47,13 @@ def check_folder(folder: Path, fields: dict, metadata: dict) -> None:
 
 
 def claim_folder(folder: Path, fields: dict, metadata: dict) -> FileLock:
-    """Marks a run's folder as this recipe's, on these data, and locks it until the lock is released."""
-    check_folder(folder, fields, metadata)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(folder)
-    write_json(folder / "recipe.json", fields)
-    write_json(folder / "data.json", metadata)
-    return lock
-
-
-def lock_folder(folder: Path) -> FileLock:
-    """Claims the folder for this process.
+    """Marks a run's folder as this recipe's, on these data, and locks it until the lock is released.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: it belongs to another recipe, or another process has it.
     """
+    check_folder(folder, fields, metadata)
+    folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / ".lock", timeout=0), folder / ".owner"
     try:
         lock.acquire()
@@ -76,10 +61,12 @@ def lock_folder(folder: Path) -> FileLock:
         name = owner.read_text().strip() if owner.exists() else "unknown"
         raise ValueError(f"{folder} is in use by another run ({name}): choose another --out") from None
     owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+    write_json(folder / "recipe.json", fields)
+    write_json(folder / "data.json", metadata)
     return lock
 
 
-def on_processes(accelerator: Accelerator, part: Callable, *args, only_main: bool = True) -> Any:
+def on_processes(accelerator, part, *args, only_main: bool = True):
     """Runs part(*args) on the main process, or on all, while the others wait; returns its result, None elsewhere.
 
     Raises:
@@ -100,7 +87,7 @@ def on_processes(accelerator: Accelerator, part: Callable, *args, only_main: boo
 class CheckpointWriter:
     """Saves the steps of a run. Sharded weights are gathered, so that every checkpoint is what one process writes."""
 
-    def __init__(self, accelerator, recipe, fields, metadata, objective: Objective, averages: Averages, optimizer):
+    def __init__(self, accelerator, recipe, fields, metadata, objective: Objective, averages, optimizer):
         self.accelerator, self.recipe, self.fields, self.metadata = accelerator, recipe, fields, metadata
         self.objective, self.averages, self.optimizer = objective, averages, optimizer
 
@@ -120,14 +107,12 @@ class CheckpointWriter:
             for name, average in self.averages.nets.items():
                 place = temporary / "ema" / name
                 on_processes(self.accelerator, self.save_network, average, place, only_main=False)
-            on_processes(self.accelerator, self.save_optimizer, temporary, only_main=False)
-            on_processes(self.accelerator, self.save_objective, temporary, only_main=False)
+            on_processes(self.accelerator, self.save_state, temporary, only_main=False)
             on_processes(self.accelerator, self.finish, temporary, folder)
         except ValueError as error:
             if self.accelerator.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
-            message = f"{folder} could not be saved, the older checkpoints stay: {error}"
-            self.accelerator.print(message, file=sys.stderr)
+            self.accelerator.print(f"{folder} could not be saved, the older checkpoints stay: {error}", file=sys.stderr)
             return False
         return True
 
@@ -139,7 +124,7 @@ class CheckpointWriter:
         for name, fields in parts.items():
             write_json(temporary / f"{name}.json", fields)
 
-    def save_network(self, source: Module, place: Path) -> None:
+    def save_network(self, source: torch.nn.Module, place: Path) -> None:
         net = self.objective.net
         weights = state_dict.get_model_state_dict(source, options=WHOLE)  # by all processes
         if self.accelerator.is_main_process:
@@ -151,16 +136,14 @@ class CheckpointWriter:
             if name.startswith("modeling_custom_"):
                 shutil.copyfile(code, place / f"{name}.py")
 
-    def save_optimizer(self, temporary: Path) -> None:
-        state = state_dict.get_optimizer_state_dict(self.objective, self.optimizer, options=WHOLE)  # by all processes
-        if self.accelerator.is_main_process:
-            save_file(flatten(state.get("state", {})), temporary / OPTIMIZER)
-
-    def save_objective(self, temporary: Path) -> None:
+    def save_state(self, temporary: Path) -> None:
+        optimizer = state_dict.get_optimizer_state_dict(self.objective, self.optimizer, options=WHOLE)
         state = self.objective.own_state().items()
-        values = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state}  # by all processes
-        if values and self.accelerator.is_main_process:
-            save_file(values, temporary / OBJECTIVE)
+        own = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state}  # by all processes, as above
+        if self.accelerator.is_main_process:
+            save_file(flatten(optimizer.get("state", {})), temporary / OPTIMIZER)
+            if own:
+                save_file(own, temporary / OBJECTIVE)
 
     def finish(self, temporary: Path, folder: Path) -> None:
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -199,7 +182,7 @@ def choose_checkpoint(recipe: TrainConfig) -> Path | None:
     return folder
 
 
-def load_modules(folder: Path, objective: Objective, averages: Averages) -> None:
+def load_modules(folder: Path, objective: Objective, averages) -> None:
     """Restores the network, its averages and the objective's own modules, before they are sharded."""
     places = {"model": objective.net, **{f"ema/{name}": average for name, average in averages.nets.items()}}
     for place, net in places.items():
@@ -208,7 +191,7 @@ def load_modules(folder: Path, objective: Objective, averages: Averages) -> None
         objective.load_state_dict(load_file(folder / OBJECTIVE), strict=False)
 
 
-def load_optimizer(folder: Path, objective: Objective, optimizer: Optimizer) -> None:
+def load_optimizer(folder: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
     """Restores the optimiser's state, after the weights were sharded, if they are."""
     values = state_dict.get_optimizer_state_dict(objective, optimizer) | {"state": defaultdict(dict)}
     saved = load_file(folder / OPTIMIZER)
@@ -217,8 +200,7 @@ def load_optimizer(folder: Path, objective: Objective, optimizer: Optimizer) -> 
     for key, value in saved.items():
         weight, name = key.rsplit(".", 1)
         values["state"][prefix + weight][name] = value
-    whole = state_dict.StateDictOptions(full_state_dict=True)
-    state_dict.set_optimizer_state_dict(objective, optimizer, values, options=whole)
+    state_dict.set_optimizer_state_dict(objective, optimizer, values, options=WHOLE)
 
 
 def set_aside_later(out: Path, folder: Path) -> None:
@@ -229,7 +211,7 @@ def set_aside_later(out: Path, folder: Path) -> None:
                 later.rename(later.with_name(f"{later.name}.left"))
 
 
-def init_weights(net: ModelMixin, source: str) -> None:
+def init_weights(net: torch.nn.Module, source: str) -> None:
     """Gives net the weights of a checkpoint (its model, not an average), an exported folder, a Hub id or ID@REVISION.
 
     Raises:

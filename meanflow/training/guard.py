@@ -10,10 +10,6 @@ import sys
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
-
-from meanflow.config import TrainConfig
 
 # Windows has no SIGUSR1.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
@@ -39,7 +35,7 @@ class Guard:
         state: what an earlier part of the run left in its step.json.
     """
 
-    def __init__(self, accelerator: Accelerator, recipe: TrainConfig, state: dict):
+    def __init__(self, accelerator, recipe, state: dict):
         self.accelerator, self.recipe = accelerator, recipe
         self.level = state.get("raw_loss_level")  # running mean of each channel's raw loss
         self.lowest = state.get("lowest_level")  # the lowest that it has been since grace_steps
@@ -66,7 +62,7 @@ class Guard:
         levels = {"raw_loss_level": self.level, "lowest_level": self.lowest}
         return {**levels, "observed_steps": self.observed, "skipped_steps": self.skipped}
 
-    def observe(self, raw_loss: Tensor, skipped: Tensor) -> None:
+    def observe(self, raw_loss: torch.Tensor, skipped: torch.Tensor) -> None:
         """Notes a step.
 
         Args:
@@ -97,8 +93,7 @@ class Guard:
         self.accelerator.print(f"a gradient was not finite: {words}", file=sys.stderr)
         if self.in_a_row < self.recipe.max_skipped:
             return None
-        words = f"{self.in_a_row} steps in a row had gradients that are not finite"
-        return Stop(DIVERGED, f"{words}: {ADVICE}", False)
+        return Stop(DIVERGED, f"{self.in_a_row} steps in a row had gradients that are not finite: {ADVICE}", False)
 
     def watch(self, raw_loss: list[float]) -> Stop | None:
         """Compares each channel's raw loss with its running level, and this level with the lowest; updates both."""
@@ -110,8 +105,7 @@ class Guard:
             return Stop(DIVERGED, f"{words}: {ADVICE}", False)
         if is_watching and jump > recipe.warn_at:
             self.accelerator.print(f"warning: {words}", file=sys.stderr)
-        limited = [min(now, recipe.warn_at * before) for now, before in zip(raw_loss, level)]
-        self.level = [0.99 * before + 0.01 * now for now, before in zip(limited, level)]
+        self.level = [0.99 * old + 0.01 * min(new, recipe.warn_at * old) for new, old in zip(raw_loss, level)]
         if not is_watching:
             return None
 

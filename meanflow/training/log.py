@@ -4,14 +4,11 @@ import json
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from meanflow.config import TrainConfig, flatten
 from meanflow.files import write_whole
@@ -28,9 +25,9 @@ class Log:
         progress: the content of a checkpoint's step.json.
     """
 
-    def __init__(self, accelerator: Accelerator, recipe: TrainConfig, fields: dict, progress: dict):
+    def __init__(self, accelerator, recipe: TrainConfig, fields: dict, progress: dict):
         self.accelerator, self.recipe, self.path = accelerator, recipe, recipe.out / "log.jsonl"
-        self.sums: dict[str, tuple[Tensor, int]] = {}
+        self.sums: dict[str, tuple[torch.Tensor, int]] = {}
         self.restore(progress.get("log", []))
         self.step = progress["step"]
         self.run_id = progress.get("run_id", secrets.token_hex(4))
@@ -48,13 +45,13 @@ class Log:
         self.start, self.seconds = time.perf_counter(), defaultdict(float)
 
     @contextmanager
-    def clock(self, what: str) -> Iterator[None]:
+    def clock(self, what: str):
         """Counts the seconds inside as spent on `what`: saving or samples."""
         begin = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - begin
 
-    def timed(self, batches: Iterable) -> Iterator:
+    def timed(self, batches):
         """The batches, one by one; counts the seconds that the loop waits for them."""
         begin = time.perf_counter()
         for batch in batches:
@@ -62,7 +59,7 @@ class Log:
             yield batch
             begin = time.perf_counter()
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
         """Notes the metrics of one micro-batch, without waiting for the device."""
         for name, value in metrics.items():
             total, count = self.sums.get(name, (0, 0))

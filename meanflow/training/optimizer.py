@@ -1,23 +1,19 @@
 """The optimiser and the schedule of its rates."""
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from meanflow.config import TrainConfig
 from meanflow.objectives.base import Objective
 
-MakeOptimizer = Callable[[list[dict], TrainConfig], Optimizer]  # from groups of parameters, each with its rate
 
-
-def make_optimizer(objective: Objective, recipe: TrainConfig, make: MakeOptimizer | None = None) -> Optimizer:
+def make_optimizer(objective: Objective, recipe: TrainConfig, make=None) -> torch.optim.Optimizer:
     """The optimiser of everything in the objective that is trained.
 
     Args:
-        make: makes one of your own; default: Adam, and AdamW where the recipe has a weight_decay.
+        make: makes one of your own, from groups of parameters, each with its rate, and the recipe; default: Adam, and
+            AdamW where the recipe has a weight_decay.
     Raises:
         ValueError: it cannot skip a step whose gradient is not finite.
     """
@@ -34,14 +30,14 @@ def make_optimizer(objective: Objective, recipe: TrainConfig, make: MakeOptimize
     return optimizer
 
 
-def adam(groups: list[dict], recipe: TrainConfig) -> Optimizer:
+def adam(groups: list[dict], recipe: TrainConfig) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if recipe.weight_decay else torch.optim.Adam
     return kind(groups, recipe.lr, recipe.betas, fused=True)
 
 
 def split_by_decay(objective: Objective, groups: list[dict], weight_decay: float) -> list[dict]:
     """Each group once with the weight decay, and once without, for its norms, biases and embeddings."""
-    embeddings = {id(p) for m in objective.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    embeddings = {id(p) for m in objective.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     split = []
     for group in groups:
         spared = [p for p in group["params"] if p.ndim < 2 or id(p) in embeddings]
@@ -51,7 +47,7 @@ def split_by_decay(objective: Objective, groups: list[dict], weight_decay: float
     return [group for group in split if group["params"]]
 
 
-def set_rates(optimizer: Optimizer, recipe: TrainConfig, step: int, total: int) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, recipe: TrainConfig, step: int, total: int) -> None:
     """Gives every group the rate of optimiser step `step`: its own rate, scaled by the schedule."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step, total, group["initial_lr"])

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
 
 from meanflow.config import TrainConfig, recipe_fields
 from meanflow.data.base import Data
@@ -18,7 +17,6 @@ from meanflow.objectives import OBJECTIVES
 from meanflow.objectives.base import Objective
 from meanflow.publishing.checkpoints import checkpoints
 from meanflow.training.checkpoint import check_folder, choose_checkpoint
-from meanflow.training.optimizer import MakeOptimizer
 from models import MODELS
 
 # The networks of smoke tests.
@@ -32,7 +30,7 @@ class Parts(NamedTuple):
     objective: type[Objective] | None = None
     net: type[ModelMixin] | None = None
     data: Callable[[TrainConfig], Data] | None = None
-    optimizer: MakeOptimizer | None = None
+    optimizer: Callable[[list[dict], TrainConfig], torch.optim.Optimizer] | None = None
 
 
 class Plan(NamedTuple):
@@ -74,21 +72,13 @@ def make_net(recipe: TrainConfig, data: Data, own: type[ModelMixin] | None = Non
     return net
 
 
-def total_steps(recipe: TrainConfig, data: Data) -> int:
-    return recipe.steps or math.ceil(recipe.epochs * len(data) / recipe.global_batch)
-
-
-def num_parameters(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
-
-
-def memory(recipe: TrainConfig, net: nn.Module, shards: int = 1) -> dict[str, int]:
+def memory(recipe: TrainConfig, net: torch.nn.Module, shards: int = 1) -> dict[str, int]:
     """Bytes that a process holds between steps, without activations; all of it is float32."""
-    weights = 4 * num_parameters(net) // shards
+    weights = 4 * net.num_parameters() // shards
     return {"weights": weights, "gradients": weights, "Adam": 2 * weights, "averages": weights * len(recipe.ema_decay)}
 
 
-def checkpoint_bytes(recipe: TrainConfig, net: nn.Module) -> int:
+def checkpoint_bytes(recipe: TrainConfig, net: torch.nn.Module) -> int:
     parts = memory(recipe, net)
     return sum(parts.values()) - parts["gradients"]
 
@@ -106,8 +96,7 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own: Part
     """
     objective = own.objective or OBJECTIVES.get(type(recipe.objective))
     if objective is None:
-        options = type(recipe.objective).__name__
-        raise ValueError(f"objective: none goes with {options}: give yours to run(RECIPE, objective=...)")
+        raise ValueError(f"objective: none goes with {type(recipe.objective).__name__}: give one to run(objective=...)")
     for name in recipe.track:
         if find_spec(name) is None:
             raise ValueError(f"track: {name} is not installed: pip install 'meanflow[track]'")
@@ -116,7 +105,7 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own: Part
         check_folder(folder, recipe_fields(recipe, objective.__name__), data.metadata)
     with torch.device("meta"):
         net = make_net(recipe, data, own.net)
-    total = total_steps(recipe, data)
+    total = recipe.steps or math.ceil(recipe.epochs * len(data) / recipe.global_batch)
     batches = SlotBatches(recipe, objective, len(data), range(total), 0, num_processes)
     objective.check(recipe.objective, net.train(), data.shape, data.num_classes)
     free_disk = check_disk(recipe, total, checkpoint_bytes(recipe, net))

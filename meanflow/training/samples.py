@@ -1,22 +1,15 @@
 """The sample pictures of a run."""
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch import nn
 
-from meanflow.config import TrainConfig
-from meanflow.data.base import Data
 from meanflow.noise import generator, noise
-from meanflow.objectives.base import Sampling
 from meanflow.pictures import save_grid
 from meanflow.sampler import average_velocity, sample
 
 
 @torch.no_grad()
-def draw_samples(
-    recipe: TrainConfig, data: Data, net: nn.Module, sampling: Sampling, accelerator: Accelerator, step: int
-) -> None:
+def draw_samples(recipe, data, net, sampling, accelerator, step: int) -> None:
     """Writes samples/step-....png: one-step samples, a column for each class; of fixed pairs, their images again.
 
     Conditions beside the class are those of the first samples.

@@ -3,8 +3,6 @@
 import os
 import sys
 
-from meanflow.config import TrainConfig
-from meanflow.data.base import Data
 from meanflow.data.sources import load_data
 from meanflow.publishing.checkpoints import saved_step
 from meanflow.training import preflight
@@ -24,7 +22,7 @@ def render(plan: Plan) -> str:
     resumes = f"after step {saved_step(plan.start):,}, from {plan.start}" if plan.start else f"nothing: from {begins}"
     small = ", made small" if recipe.smoke else ""
     lines = {
-        "network": f"{recipe.model}{small}: {preflight.num_parameters(net):,} parameters",
+        "network": f"{recipe.model}{small}: {net.num_parameters():,} parameters",
         "data": describe_data(recipe, plan.data),
         "batch": f"{G} = {division}",
         "length": f"{plan.total:,} steps = {plan.total * G / len(plan.data):,.6g} epochs",
@@ -36,7 +34,7 @@ def render(plan: Plan) -> str:
     return "\n".join(f"  {name:10}{value}" for name, value in lines.items())
 
 
-def describe_data(recipe: TrainConfig, data: Data) -> str:
+def describe_data(recipe, data) -> str:
     source = "random latents" if recipe.smoke and recipe.vae else recipe.data
     made_by = f" by {recipe.vae}" if recipe.vae else ""
     when = ", encoded at each step" if data.encode is not None else ""
@@ -52,7 +50,7 @@ def show(plan: Plan) -> None:
         print(f"  warning   {warning}", file=sys.stderr)
 
 
-def dry_run(recipe: TrainConfig, own: Parts) -> None:
+def dry_run(recipe, own: Parts) -> None:
     """Shows what a run under this launch would be, without a device."""
     data = (own.data or load_data)(recipe)
     plan = preflight.preflight(recipe, data, int(os.environ.get("WORLD_SIZE", 1)), own)

@@ -17,7 +17,6 @@ from meanflow.data.loader import make_loader
 from meanflow.data.sources import load_data
 from meanflow.files import first_line, read_json
 from meanflow.noise import stream_seed
-from meanflow.objectives.base import Batch
 from meanflow.objectives.jvp import support_fsdp2
 from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
 from meanflow.publishing.export import export
@@ -90,8 +89,8 @@ class Trainer:
         self.writer = CheckpointWriter(accelerator, recipe, *saved)
         if self.step:
             accelerator.print(f"{recipe.out}: resumes after step {self.step} of {self.total}")
-        bar = {"initial": self.step, "unit": "step", "mininterval": 1}
-        self.bar = tqdm(total=self.total, disable=not accelerator.is_main_process, **bar)
+        is_quiet = not accelerator.is_main_process
+        self.bar = tqdm(initial=self.step, total=self.total, unit="step", mininterval=1, disable=is_quiet)
         steps, rank = range(self.step, self.total), accelerator.process_index
         loader = make_loader(recipe, type(self.bare), self.data, steps, rank, accelerator.num_processes)
         self.objective.train()
@@ -109,7 +108,7 @@ class Trainer:
                 self.publish(fault, self.step > first_step)
         self.leave(stop)
 
-    def train_step(self, batch: Batch, micro_step: int) -> None:
+    def train_step(self, batch, micro_step: int) -> None:
         """One micro-batch: to the device, through the objective, backward; the last of a step moves the weights."""
         recipe, accelerator = self.recipe, self.accelerator
         # For the network's own randomness, such as dropout, so that no generator's state need be saved.
@@ -198,8 +197,7 @@ class Trainer:
     def leave(self, stop: Stop | None) -> None:
         accelerator, out = self.accelerator, self.recipe.out
         if stop:
-            is_saved = stop.save and self.saved
-            where = f"saved after step {self.step}" if is_saved else f"at step {self.step}, not saved"
+            where = f"saved after step {self.step}" if stop.save and self.saved else f"at step {self.step}, not saved"
             accelerator.print(f"{out}: {stop.reason}: {where}", file=sys.stderr)
         else:
             pipeline = " and pipeline/" if (out / "pipeline").exists() else ""
@@ -219,7 +217,9 @@ def make_accelerator(recipe: TrainConfig) -> Accelerator:
     Raises:
         ValueError: the launch is not what it looks like, or FSDP is set up in a way that cannot work.
     """
-    check_launch()
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        fact = "accelerate launch was asked for several processes and started one"
+        raise ValueError(f"{fact}: add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml")
     options = {"mixed_precision": recipe.mixed_precision, "gradient_accumulation_steps": recipe.accumulation_steps}
     options |= {"log_with": list(recipe.track) or None, "project_dir": recipe.out}
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **options)
@@ -230,13 +230,6 @@ def make_accelerator(recipe: TrainConfig) -> Accelerator:
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError("FSDP was asked for, but Accelerate shards only on several GPUs: use another config")
     return accelerator
-
-
-def check_launch() -> None:
-    """Refuses the launches of accelerate that start one process where several were asked for."""
-    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
-        fact = "accelerate launch was asked for several processes and started one"
-        raise ValueError(f"{fact}: add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml")
 
 
 def prepare_sharding(accelerator: Accelerator) -> None:

@@ -13,7 +13,7 @@ from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.data.base import InMemory
 from meanflow.data.latents import Latents
 from meanflow.data.sources import load_data
-from meanflow.training.preflight import checkpoint_bytes, gib, make_net, memory, num_parameters, preflight
+from meanflow.training.preflight import checkpoint_bytes, gib, make_net, memory, preflight
 from meanflow.training.screen import render
 from meanflow.training.trainer import Trainer
 from tools.cache_latents import write_random
@@ -157,6 +157,6 @@ def test_dry_run_prints_the_screen_and_leaves_nothing(latents, tmp_path):
 
 def test_the_screen_counts_the_networks_parameters(latents):
     recipe = replace(recipe_of("imagenet_ditb4"), data=str(latents), smoke=True)
-    assert f"made small: {num_parameters(make_net(recipe, Latents(latents, recipe))):,}" in render(
+    assert f"made small: {make_net(recipe, Latents(latents, recipe)).num_parameters():,}" in render(
         preflight(recipe, load_data(recipe), 1)
     )
