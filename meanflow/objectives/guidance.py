@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from meanflow.config import MeanFlowConfig
@@ -22,10 +21,6 @@ class GuidedRows(NamedTuple):
 
     interval: Tensor
     flow: Tensor
-
-    @property
-    def all(self) -> Tensor:
-        return torch.cat(self)
 
 
 def guidance_in_words(config: MeanFlowConfig) -> str:

@@ -202,6 +202,7 @@ ONCE = {"bernoulli", "multinomial", "normal", "poisson", "rrelu", "gumbel_softma
 ONCE |= {"batch_norm", "instance_norm", "__get__", "__set__", "__setitem__", "register_hook"}
 ONCE |= {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+DROPOUT_P = 4  # the place of dropout_p among the arguments of scaled_dot_product_attention
 
 
 @cache
@@ -215,7 +216,8 @@ def must_run_once(func: Callable, args: tuple, kwargs: dict) -> bool:
     if func.__name__ in RECURRENT:
         return all(args[5:7])  # dropout between the layers, and training
     if func is F.scaled_dot_product_attention:
-        return (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)) > 0
+        dropout_p = args[DROPOUT_P] if len(args) > DROPOUT_P else kwargs.get("dropout_p", 0.0)
+        return dropout_p > 0
     writes = kwargs.get("inplace", False) or kwargs.get("out") is not None
     return writes or runs_once(func.__name__)
 

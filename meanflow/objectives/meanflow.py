@@ -118,7 +118,8 @@ class MeanFlow(Objective):
         guided = draws.guided or guided_rows(config, t, draws.drop)
         # Guidance needs outputs without dropout, so a network with dropout is evaluated again.
         reuse_u_flow = not has_dropout(self.net)
-        null_rows, cond_rows = guided.all, guided.interval if reuse_u_flow else guided.all
+        null_rows = torch.cat(guided)
+        cond_rows = guided.interval if reuse_u_flow else null_rows
         if config.kappa == 0:
             cond_rows = cond_rows[:0]
         rows = torch.cat([null_rows, cond_rows])

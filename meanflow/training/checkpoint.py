@@ -200,7 +200,8 @@ def load_optimizer(folder: Path, objective: Objective, optimizer: torch.optim.Op
     for key, value in saved.items():
         weight, name = key.rsplit(".", 1)
         values["state"][prefix + weight][name] = value
-    state_dict.set_optimizer_state_dict(objective, optimizer, values, options=WHOLE)
+    options = state_dict.StateDictOptions(full_state_dict=True)
+    state_dict.set_optimizer_state_dict(objective, optimizer, values, options=options)
 
 
 def set_aside_later(out: Path, folder: Path) -> None:
