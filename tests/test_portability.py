@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import subprocess
@@ -94,7 +95,9 @@ def test_a_wheel_trains_and_exports_where_the_tree_is_not(tmp_path):
     """An editable install would hide a file that is missing in the package, such as the text of the model card."""
 
     def call(*command) -> str:
-        done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        words = list(map(str, command))
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
