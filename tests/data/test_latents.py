@@ -259,7 +259,7 @@ def test_memory_does_not_grow_with_the_cache(tmp_path):
     code = """if True:
         import sys, re
         from pathlib import Path
-        sys.path.append("tests")
+        sys.path += ["tests", "tests/data"]
         from test_latents import RECIPE, Latents
         for folder in sys.argv[1:]:
             latents = Latents(Path(folder), RECIPE)
@@ -270,7 +270,7 @@ def test_memory_does_not_grow_with_the_cache(tmp_path):
     for folder, sizes in zip(folders, ((4000,), (4000,) * 8)):
         write(folder, sizes)
     command = [sys.executable, "-c", code, *map(str, folders)]
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
     small, large = (int(kib) * 1024 for kib in shown.stdout.split())
     size = sum(path.stat().st_size for path in folders[1].glob("*.arrow"))
     assert size > 6e6 and large - small < 0.2 * size
