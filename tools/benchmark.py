@@ -287,12 +287,26 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def write_lmdb(path: str, latents):
+    """The same latents the usual way, each image a pickled dictionary; returns the open database."""
+    import pickle
+
+    import lmdb
+
+    environment = lmdb.open(path, map_size=2**40)
+    with environment.begin(write=True) as transaction:
+        for index in range(len(latents)):
+            moments, flipped = (latents.read([index], [flip])[0] for flip in (0, 1))
+            entry = {"moments": moments, "moments_flip": flipped, "label": int(latents.labels[index])}
+            transaction.put(str(index).encode(), pickle.dumps(entry))
+    return environment
+
+
 def data(options: Data) -> list[dict]:
     """The table's rows: images per second, the median of interleaved passes over all."""
     import pickle
     from tempfile import TemporaryDirectory
 
-    import lmdb
     import torch
     from cache_latents import write_random  # beside this file
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
@@ -340,12 +354,7 @@ def data(options: Data) -> list[dict]:
     with TemporaryDirectory(dir=options.folder) as folder:
         write_random(Path(folder) / "latents", options.count, "random", 0.18215, 256)
         latents = Latents(Path(folder) / "latents", recipe)
-        environment = lmdb.open(f"{folder}/lmdb", map_size=2**40)
-        with environment.begin(write=True) as transaction:
-            for index in range(options.count):
-                moments, flipped = (latents.read([index], [flip])[0] for flip in (0, 1))
-                entry = {"moments": moments, "moments_flip": flipped, "label": int(latents.labels[index])}
-                transaction.put(str(index).encode(), pickle.dumps(entry))
+        environment = write_lmdb(f"{folder}/lmdb", latents)
         order, shuffled = SequentialSampler(range(options.count)), RandomSampler(range(options.count))
 
         def batches(dataset, sampler):

@@ -27,6 +27,7 @@ from meanflow.files import checksum, sync, write_whole
 
 if TYPE_CHECKING:  # numpy, torch and datasets are imported where they are needed, so that --help is quick
     import numpy as np
+    import torch
 
 SHARD_SIZE = 4096  # images in a file: 128 MiB of 4 x 32 x 32 latents
 
@@ -254,6 +255,35 @@ class Readable:
             return row, None, str(error)
 
 
+def claim_shards(options: Options, images, vae, shape: tuple[int, ...], num_shards: int) -> list[int] | None:
+    """Starts the cache or goes on with it: the shards that are to be made, None if it is finished."""
+    from meanflow.data.vae import vae_metadata
+
+    settings = {**images.metadata, **vae_metadata(vae, options.vae), "shape": shape}
+    settings["images"] = settings.pop("count")  # some may be skipped: the cache has a count of its own
+    unfinished = [shard for shard in range(num_shards) if not is_finished(options.out, shard)]
+    if not (options.out / "latents.json").exists():
+        count = min(len(images), len(unfinished) * options.shard_size)
+        check_disk(options.out, 2 * math.prod(shape) * count)
+    is_whole = claim_cache(options.out, {**settings, "shard_size": options.shard_size})
+    return None if is_whole else unfinished
+
+
+def encode_both(vae, pixels: "torch.Tensor", options: Options, first_row: int) -> "torch.Tensor":
+    """The posteriors of images, (B, 3, H, W) uint8, and their mirror images: (B, flip, mean / std, C, H, W) float16."""
+    import torch
+
+    from meanflow.data.vae import encode
+
+    x = pixels.float() / 127.5 - 1
+    both = [torch.stack(encode(vae, flip), dim=1) for flip in (x, x.flip(-1))]
+    moments = torch.stack(both, dim=1).half().cpu()
+    if not moments.isfinite().all():
+        where = f"for image {first_row} or soon after"
+        raise ValueError(f"{options.vae} gives latents that float16 cannot hold, {where}")
+    return moments
+
+
 def cache(options: Options) -> None:
     import time
     from datetime import timedelta
@@ -266,26 +296,18 @@ def cache(options: Options) -> None:
     from tqdm import tqdm
 
     from meanflow.data.images import ImageFiles
-    from meanflow.data.vae import encode, latent_shape, load_vae, vae_metadata
+    from meanflow.data.vae import latent_shape, load_vae
 
     # Processes wait for each other's downloads and last shards.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     with accelerator.main_process_first():  # which downloads, if need be
         images = ImageFiles(options.images, options.resolution, options.split)
         vae = load_vae(options.vae).to(accelerator.device)
     shape = (2, 2, *latent_shape(vae, options.resolution))
     num_shards = -(-len(images) // options.shard_size)
-    unfinished = [None]
-    if main:
-        settings = {**images.metadata, **vae_metadata(vae, options.vae), "shape": shape}
-        settings["images"] = settings.pop("count")  # some may be skipped: the cache has a count of its own
-        unfinished[0] = [shard for shard in range(num_shards) if not is_finished(options.out, shard)]
-        if not (options.out / "latents.json").exists():
-            check_disk(options.out, 2 * math.prod(shape) * min(len(images), len(unfinished[0]) * options.shard_size))
-        if claim_cache(options.out, {**settings, "shard_size": options.shard_size}):
-            unfinished[0] = None
+    unfinished = [claim_shards(options, images, vae, shape, num_shards) if main else None]
     broadcast_object_list(unfinished)  # one list for all, since the first to begin change it
     if unfinished[0] is None:
         return accelerator.print(f"{options.out} is finished already; --verify checks it")
@@ -305,13 +327,7 @@ def cache(options: Options) -> None:
         rows = [row for row, _, error in batch if not error]
         if rows:
             pixels = torch.stack([image for _, image, _ in batch if image is not None])
-            x = pixels.to(accelerator.device).float() / 127.5 - 1
-            both = [torch.stack(encode(vae, flip), dim=1) for flip in (x, x.flip(-1))]
-            moments.append(torch.stack(both, dim=1).half().cpu())  # (B, flip, mean / std, C, H, W)
-            if not moments[-1].isfinite().all():
-                raise ValueError(
-                    f"{options.vae} gives latents that float16 cannot hold, for image {rows[0]} or soon after"
-                )
+            moments.append(encode_both(vae, pixels.to(accelerator.device), options, rows[0]))
             labels += [int(images.labels[row]) if images.labels is not None else 0 for row in rows]
         bar.update(len(batch))
         last = batch[-1][0] + 1

@@ -21,20 +21,15 @@ class Options:
     """its flow-matching twin: same network, steps and seed"""
 
 
-def report(options: Options) -> None:
-    from functools import partial
+def read_recipe(options: Options) -> dict:
+    """The run's recipe.
 
-    import torch
-    from sklearn.svm import SVC
-
+    Raises:
+        ValueError: a run is not finished or not on the digits, or the flow-matching run is no twin of the other.
+    """
     from meanflow.config import FREE_ON_RESUME, different
-    from meanflow.data.sources import digits
-    from meanflow.evaluation.distances import energy_distance, frechet_distance
-    from meanflow.files import read_json, write_json
-    from meanflow.noise import noise
-    from meanflow.pictures import save_grid
-    from meanflow.publishing.checkpoints import checkpoints, load_network, read_sampling
-    from meanflow.sampler import average_velocity, euler, sample
+    from meanflow.files import read_json
+    from meanflow.publishing.checkpoints import checkpoints
 
     recipes = []
     for folder in filter(None, (options.run, options.flow)):
@@ -52,7 +47,25 @@ def report(options: Options) -> None:
 
     if recipes[0]["data"] != "digits":
         raise ValueError(f"{options.run} was trained on {recipes[0]['data']}, not on digits")
-    real, held_out = digits(recipes[0]["resolution"] or 8)
+    return recipes[0]
+
+
+def report(options: Options) -> None:
+    from functools import partial
+
+    import torch
+    from sklearn.svm import SVC
+
+    from meanflow.data.sources import digits
+    from meanflow.evaluation.distances import energy_distance, frechet_distance
+    from meanflow.files import write_json
+    from meanflow.noise import noise
+    from meanflow.pictures import save_grid
+    from meanflow.publishing.checkpoints import checkpoints, load_network, read_sampling
+    from meanflow.sampler import average_velocity, euler, sample
+
+    recipe = read_recipe(options)
+    real, held_out = digits(recipe["resolution"] or 8)
 
     def pixels(x: torch.Tensor):
         return ((x + 1) * 8).round().clamp(0, 16).flatten(1).numpy()

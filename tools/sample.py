@@ -161,6 +161,26 @@ def check_writable(out: Path, is_folder: bool) -> None:
         raise ValueError(f"out: {parent} cannot be written to")
 
 
+def find_device(options: Options, accelerator):
+    """The device that is asked for, or this process's own.
+
+    Raises:
+        ValueError: it is not there, or there are several processes.
+    """
+    import torch
+
+    from meanflow.files import first_line
+
+    if options.device and accelerator.num_processes > 1:
+        raise ValueError(f"device {options.device} is for one process: accelerate launch gives each its own")
+    device = options.device or accelerator.device
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device} is not there: {first_line(error)}") from None
+    return device
+
+
 def main(options: Options) -> None:
     is_folder = options.out.suffix not in (".png", ".npz")
     check_writable(options.out, is_folder)
@@ -170,20 +190,13 @@ def main(options: Options) -> None:
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from meanflow.files import first_line
     from meanflow.publishing.checkpoints import load_pipeline
     from meanflow.publishing.export import cast
     from meanflow.sampler import STEPS
 
     accelerator = Accelerator(cpu=options.device == "cpu" or not torch.accelerator.is_available())
     rank, world = accelerator.process_index, accelerator.num_processes
-    if options.device and world > 1:
-        raise ValueError(f"device {options.device} is for one process: accelerate launch gives each its own")
-    device = options.device or accelerator.device
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device} is not there: {first_line(error)}") from None
+    device = find_device(options, accelerator)
     pipe = load_pipeline(options.checkpoint, options.ema, options.variant, options.revision, options.trust_remote_code)
     solver = options.solver or pipe.sampling.solver
     pipe.check_choice(solver, options.cfg_scale)
