@@ -170,8 +170,7 @@ def rule_of(func: Callable, args: list, kwargs: dict) -> Callable:
     """The rule for the tangent of this call.
 
     Every rule knows its first tensor by its place, and the rules of two tensors know both. A call that gives one of
-    them by keyword is rare, and goes to PyTorch's forward mode. So does a call with a tangent beside the
-    first tensor's, such as the weight's, where the rule is for none.
+    them by keyword is rare, and goes to PyTorch's forward mode. So does a layer whose weight or bias has a tangent.
     """
     rule = RULES.get(func, forward_mode)
     by_keyword = not args or (rule in (add, bilinear, multiply) and any(map(is_dual, kwargs.values())))

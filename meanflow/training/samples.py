@@ -12,9 +12,14 @@ from meanflow.sampler import average_velocity, sample
 def draw_samples(recipe, data, net, sampling, accelerator, step: int) -> None:
     """Writes samples/step-....png: one-step samples, a column for each class; of fixed pairs, their images again.
 
-    Conditions beside the class are those of the first samples.
+    Conditions beside the class are those of the first samples. All processes draw the same samples, because the network
+    may be sharded.
 
-    All processes draw the same samples, because the network may be sharded.
+    Args:
+        recipe, data: a TrainConfig and a Data.
+        net: the averaged network.
+        sampling: how it is sampled, a Sampling.
+        step: the optimiser step, for the name of the picture.
     """
     columns = min(data.num_classes, 10) or 8
     rows = 8 if data.shape[-1] <= 16 else 4
