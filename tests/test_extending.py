@@ -116,6 +116,11 @@ def test_a_condition_of_ones_own_is_sampled_if_the_code_is_trusted(project, stra
     assert "cond must have angle: this network cannot do without" in call(wrong, ROOT, code=1)
     assert "cond size is not known to this network, which takes angle" in call([*wrong, "--cond", "size", "1"], ROOT, 1)
     assert "cond angle must be numbers" in call([*wrong, "--cond", "angle", "up"], ROOT, code=1)
+    assert "cond angle must be finite, got 0 nan" in call([*wrong, "--cond", "angle", "0", "nan"], ROOT, code=1)
+    assert "cond must be a name and its values, such as angle 0 0.5, got: angle" in call(
+        [*wrong, "--cond", "angle"], ROOT, code=1
+    )
+    assert "the network does not take cond angle (64, 2): " in call([*wrong, "--cond", "angle", "0,1"], ROOT, code=1)
 
 
 BY_A_STRANGER = """if True:

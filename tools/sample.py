@@ -133,19 +133,24 @@ def read_conditions(given: tuple[tuple[str, ...], ...]) -> dict:
     """The values of each condition by name, (n,) or (n, D): whole numbers as int64, others as float32.
 
     Raises:
-        ValueError: a condition without a value, or a value that is no number.
+        ValueError: a condition without a name or a value, or a value that is not a finite number.
     """
     import torch
 
     conditions = {}
-    for name, *words in given:
-        if not words:
-            raise ValueError(f"cond {name} must have a value, such as --cond {name} 0.5")
+    for words in given:
+        if len(words) < 2:
+            raise ValueError(
+                f"cond must be a name and its values, such as angle 0 0.5, got: {' '.join(words) or 'nothing'}"
+            )
+        name, *words = words
         try:
             rows = [[float(number) for number in word.split(",")] for word in words]
             values = torch.tensor(rows)
         except ValueError:
             raise ValueError(f"cond {name} must be numbers, or vectors of one length, got {' '.join(words)}") from None
+        if not values.isfinite().all():
+            raise ValueError(f"cond {name} must be finite, got {' '.join(words)}")
         is_whole = all(number.lstrip("+-").isdigit() for word in words for number in word.split(","))
         values = values.long() if is_whole else values
         conditions[name] = values[:, 0] if values.shape[1] == 1 else values
@@ -190,6 +195,7 @@ def main(options: Options) -> None:
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
+    from meanflow.files import first_line
     from meanflow.publishing.checkpoints import load_pipeline
     from meanflow.publishing.export import cast
     from meanflow.sampler import STEPS
@@ -215,9 +221,16 @@ def main(options: Options) -> None:
 
     def draw(indices: range):
         y = [classes[index % len(classes)] for index in indices] if classes else None
-        mine = {name: torch.stack([values[index % len(values)] for index in indices]) for name, values in cond.items()}
-        how = {"num_inference_steps": steps, "guidance_scale": options.cfg_scale, "solver": solver, "cond": mine}
-        images = pipe(y, len(indices), latents=pipe.noise(options.seed, indices), output_type="np", **how).images
+        rows = {name: torch.stack([values[index % len(values)] for index in indices]) for name, values in cond.items()}
+        how = {"num_inference_steps": steps, "guidance_scale": options.cfg_scale, "solver": solver, "cond": rows}
+        e = pipe.noise(options.seed, indices)
+        try:
+            images = pipe(y, len(indices), latents=e, output_type="np", **how).images
+        except RuntimeError as error:
+            if not cond or "out of memory" in str(error):
+                raise
+            shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in rows.items())
+            raise ValueError(f"the network does not take cond {shapes}: {first_line(error)}") from error
         return images if volumes else (images * 255).round().astype("uint8")
 
     writer = {".png": grid, ".npz": npz}.get(options.out.suffix, folder)

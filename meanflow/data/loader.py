@@ -81,5 +81,4 @@ def make_loader(recipe: TrainConfig, objective: type[Objective], data: Data, ste
     batches = SlotBatches(recipe, objective, len(data), steps, rank, world_size)
     fork = "fork" if recipe.workers and sys.platform == "linux" else None  # which copies no data
     options = {"num_workers": recipe.workers, "multiprocessing_context": fork, "pin_memory": torch.cuda.is_available()}
-    slots = SlotData(recipe, objective, data)
-    return DataLoader(slots, batch_sampler=batches, collate_fn=default_convert, **options)
+    return DataLoader(SlotData(recipe, objective, data), batch_sampler=batches, collate_fn=default_convert, **options)

@@ -100,6 +100,8 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own: Part
     for name in recipe.track:
         if find_spec(name) is None:
             raise ValueError(f"track: {name} is not installed: pip install 'meanflow[track]'")
+    if not len(data):
+        raise ValueError(f"data: {recipe.data} has no samples")
     start = choose_checkpoint(recipe)
     for folder in filter(None, (recipe.out, start)):
         check_folder(folder, recipe_fields(recipe, objective.__name__), data.metadata)

@@ -20,9 +20,8 @@ def render(plan: Plan) -> str:
     size, at_once = gib(preflight.checkpoint_bytes(recipe, net)), preflight.checkpoints_at_once(recipe, plan.total)
     begins = f"the weights of {recipe.init_from}" if recipe.init_from else "fresh weights"
     resumes = f"after step {saved_step(plan.start):,}, from {plan.start}" if plan.start else f"nothing: from {begins}"
-    small = ", made small" if recipe.smoke else ""
     lines = {
-        "network": f"{recipe.model}{small}: {net.num_parameters():,} parameters",
+        "network": f"{recipe.model}{', made small' if recipe.smoke else ''}: {net.num_parameters():,} parameters",
         "data": describe_data(recipe, plan.data),
         "batch": f"{G} = {division}",
         "length": f"{plan.total:,} steps = {plan.total * G / len(plan.data):,.6g} epochs",

@@ -127,6 +127,7 @@ def test_too_little_disk_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
             1,
             "channel_weights must be 1 numbers, one a channel, got 2",
         ),
+        ({"data": "empty"}, 1, "data: digits has no samples"),
         ({"objective": MeanFlowConfig(omega=2.0), "data": "no classes"}, 1, "must be 1 and 0 for data without classes"),
     ],
 )
@@ -136,6 +137,7 @@ def test_choices_that_cannot_work_are_refused(changes, processes, message, tmp_p
     images = {
         None: load_data(recipe),
         "12 x 12": InMemory(torch.zeros(9, 1, 12, 12), torch.zeros(9).long(), 1),
+        "empty": InMemory(torch.zeros(0, 1, 8, 8), None, 0),
         "no classes": InMemory(torch.zeros(9, 1, 8, 8), None, 0),
     }
     with pytest.raises(ValueError, match=message):
