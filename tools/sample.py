@@ -157,6 +157,20 @@ def read_conditions(given: tuple[tuple[str, ...], ...]) -> dict:
     return conditions
 
 
+@contextmanager
+def conditions_named(cond: dict) -> Iterator[None]:
+    """A network's failure names the conditions that it was given, whose shapes only the network can know."""
+    from meanflow.files import first_line
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not cond or "out of memory" in str(error):
+            raise
+        shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in cond.items())
+        raise ValueError(f"the network does not take cond {shapes}: {first_line(error)}") from error
+
+
 def check_writable(out: Path, is_folder: bool) -> None:
     parent = out if is_folder else out.parent
     if out.suffix and is_folder and not out.is_dir() or out.is_dir() != is_folder and out.exists():
@@ -195,7 +209,6 @@ def main(options: Options) -> None:
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from meanflow.files import first_line
     from meanflow.publishing.checkpoints import load_pipeline
     from meanflow.publishing.export import cast
     from meanflow.sampler import STEPS
@@ -223,14 +236,8 @@ def main(options: Options) -> None:
         y = [classes[index % len(classes)] for index in indices] if classes else None
         rows = {name: torch.stack([values[index % len(values)] for index in indices]) for name, values in cond.items()}
         how = {"num_inference_steps": steps, "guidance_scale": options.cfg_scale, "solver": solver, "cond": rows}
-        e = pipe.noise(options.seed, indices)
-        try:
-            images = pipe(y, len(indices), latents=e, output_type="np", **how).images
-        except RuntimeError as error:
-            if not cond or "out of memory" in str(error):
-                raise
-            shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in rows.items())
-            raise ValueError(f"the network does not take cond {shapes}: {first_line(error)}") from error
+        with conditions_named(rows):
+            images = pipe(y, len(indices), latents=pipe.noise(options.seed, indices), output_type="np", **how).images
         return images if volumes else (images * 255).round().astype("uint8")
 
     writer = {".png": grid, ".npz": npz}.get(options.out.suffix, folder)
