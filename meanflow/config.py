@@ -15,7 +15,7 @@ HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 FREE_ON_RESUME = {
     *("out", "data", "vae", "verify", "resume", "dry_run", "workers", "track"),
     *("log_every", "sample_every", "checkpoint_every", "keep", "push_to_hub", "push_every"),
-    *("accumulation_steps", "activation_checkpointing"),
+    *("accumulation_steps", "activation_checkpointing", "compile"),
     *("warn_at", "halt_at", "grace_steps", "max_skipped"),
 }
 
@@ -200,6 +200,10 @@ class TrainConfig:
     max_grad_norm: float | None = None
     # bf16: autocast; weights, times, the loss and the averages stay float32
     mixed_precision: Literal["no", "bf16"] = "no"
+    # tf32: GPUs multiply float32 matrices in TF32, with 10 bits of mantissa; no-tf32: in float32
+    tf32: bool = False
+    # compile the step by torch.compile: the first step takes minutes, the others less time
+    compile: bool = False
     # decays of the averaged weights, in [0, 1); the sample pictures use the first average
     ema_decay: tuple[float, ...] = (0.9999,)
     # data order, noise, times and label drop are functions of the seed, the step and the place in the batch

@@ -48,10 +48,14 @@ def run(recipe: TrainConfig, objective: type | None = None, net: type | None = N
         trainer = Trainer(recipe, own)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
     from meanflow.data.base import UnreadableSample
 
     try:
         trainer.train()
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        sys.exit(f"error: compile: {str(error).strip().splitlines()[0]}: leave it out, --no-compile")
     except UnreadableSample as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # a loading process puts a traceback before it
 
@@ -64,4 +68,4 @@ def smoke_test(recipe: TrainConfig) -> TrainConfig:
     parts = int(os.environ.get("WORLD_SIZE", 1)) * recipe.accumulation_steps
     batch = 4 * parts * math.ceil(4 / parts)
     every = {"log_every": 1, "sample_every": 4, "checkpoint_every": 2}
-    return replace(recipe, data=data, flip=flip, out=out, steps=4, global_batch=batch, **every)
+    return replace(recipe, data=data, flip=flip, out=out, steps=4, global_batch=batch, compile=False, **every)

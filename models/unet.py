@@ -201,7 +201,7 @@ class UNetCifar(ModelMixin, ConfigMixin):
                 x = x + self.map_augment(augment_labels.to(dtype))
             if y is not None:
                 K = self.config.num_classes
-                one_hot = F.one_hot(y, K + 1)[:, :K].to(dtype)  # of the null class: zeros
+                one_hot = (y[:, None] == torch.arange(K, device=y.device)).to(dtype)  # of the null class: zeros
                 x = x + self.map_label(one_hot * math.sqrt(K))
             return F.silu(self.map_layer1(F.silu(self.map_layer0(x))))
 
@@ -264,4 +264,4 @@ class UNet(ModelMixin, ConfigMixin):
             c = self.time_mlp(time_features(t, h, 64).to(self.time_mlp[0].weight.dtype))
         if y is not None:
             c = c + self.y_embedder(y)
-        return self.unet(z, 0, class_labels=c).sample
+        return self.unet(z, t.new_zeros(()), class_labels=c).sample  # a number would be copied to the device

@@ -48,7 +48,10 @@ def test_a_run_resumes_and_ends_as_before(expected, tmp_path):
     Trainer(replace(RECIPE, out=run)).train()
     AcceleratorState._reset_state(reset_partial_state=True)
     for name, value in load_file(run / "step-00000020/model/diffusion_pytorch_model.safetensors").items():
-        torch.testing.assert_close(value, expected[f"run.end.{name}"], rtol=1e-5, atol=1e-6)
+        old = expected[f"run.end.{name}"]
+        if name.endswith("qkv.bias"):  # softmax ignores the keys' bias: what Adam makes of it is rounding, enlarged
+            value, old = (torch.cat([x[:16], x[32:]]) for x in (value, old))
+        torch.testing.assert_close(value, old, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"belongs to another recipe \(weight_decay 0.0 there, 0.1 here\)"):
         Trainer(replace(RECIPE, out=run, weight_decay=0.1))
 

@@ -92,10 +92,17 @@ class LatentSpace(Data):
 
     def __init__(self, metadata: dict, shift: float | list[float], scale: float | list[float], vae):
         self.metadata, self.vae = {**metadata, "latents": {"shift": shift, "scale": scale}}, vae
-        self.shift, self.scale = (torch.tensor(a).view(-1, 1, 1) for a in (shift, scale))
+        self.constants = {"cpu": [torch.tensor(a).view(-1, 1, 1) for a in (shift, scale)]}
+
+    def shift_and_scale(self, device: torch.device) -> list[Tensor]:
+        """Both as tensors (C, 1, 1), copied to each device only once, since a copy waits for the device."""
+        if str(device) not in self.constants:
+            self.constants[str(device)] = [a.to(device) for a in self.constants["cpu"]]
+        return self.constants[str(device)]
 
     def normalize(self, latents: Tensor) -> Tensor:
-        return (latents - self.shift.to(latents.device)) * self.scale.to(latents.device)
+        shift, scale = self.shift_and_scale(latents.device)
+        return (latents - shift) * scale
 
     def to_pixels(self, x: Tensor) -> Tensor:
         """Images, roughly in [-1, 1], (B, 3, H, W); a third of the first three channels if the VAE cannot be loaded."""
@@ -107,7 +114,8 @@ class LatentSpace(Data):
                 self.vae = None
         if self.vae is None:
             return x[:, :3] / 3
-        return decode(self.vae.to(x.device), x / self.scale.to(x.device) + self.shift.to(x.device))
+        shift, scale = self.shift_and_scale(x.device)
+        return decode(self.vae.to(x.device), x / scale + shift)
 
 
 class Latents(LatentSpace):

@@ -58,10 +58,10 @@ def vae_metadata(vae: AutoencoderKL, name: str) -> dict:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def encode(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the posterior, each (B, c, H / f, W / f), for pixels (B, C, H, W) in [-1, 1]."""
-    posterior = vae.encode(pixels).latent_dist
-    return posterior.mean, posterior.std
+    posteriors = [vae.encode(part).latent_dist for part in pixels.split(batch_size)]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
 
 @torch.no_grad()

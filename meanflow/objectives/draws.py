@@ -4,10 +4,14 @@ A sample's draws are a function of the seed and its slot, which is the place tha
 samples that the run will ever see. So they depend neither on the device nor on how many processes share the work.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from meanflow.config import MeanFlowConfig
@@ -23,8 +27,8 @@ class Draws:
         e: standard normal noise, like x, (B, C, *S).
         t, r: the interval's ends, (B,), 0 <= r <= t <= 1.
         drop: which labels become the null class, (B,) bool.
-        guided: the rows whose velocity guidance changes. If None, the objective finds them itself, which forces a host
-            sync on an accelerator.
+        guided: what guidance evaluates. If None, the objective finds it itself, which forces a host sync on an
+            accelerator.
     Raises:
         ValueError: a shape, a dtype or, on the CPU, a time is wrong.
     """
@@ -52,7 +56,7 @@ class Draws:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Draws":
         e, t, r, drop = map(fn, (self.e, self.t, self.r, self.drop))
-        return Draws(e, t, r, drop, self.guided and GuidedRows(*map(fn, self.guided)))
+        return Draws(e, t, r, drop, self.guided and self.guided.map(fn))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Draws":
         return self.map(lambda x: x.to(device, non_blocking=non_blocking))
@@ -88,6 +92,13 @@ def order_slots(config: MeanFlowConfig, slots: Sequence[int], global_batch: int)
     return torch.cat([slots[interval], slots[~interval]]).tolist()
 
 
+def logit_laws(config: MeanFlowConfig) -> list[tuple[float, float]]:
+    """Mean and standard deviation of the two normal logits that times are made of."""
+    P_mean_r = config.P_mean if config.P_mean_r is None else config.P_mean_r
+    P_std_r = config.P_std if config.P_std_r is None else config.P_std_r
+    return [(config.P_mean, config.P_std), (P_mean_r, P_std_r)]
+
+
 def sample_times(config: MeanFlowConfig, normals: Tensor, interval: Tensor) -> tuple[Tensor, Tensor]:
     """t and r, (B,), from standard normal numbers (B, 2) and the rows that keep r != t, (B,) bool.
 
@@ -95,10 +106,8 @@ def sample_times(config: MeanFlowConfig, normals: Tensor, interval: Tensor) -> t
     CIFAR-10 code: t is drawn by itself and r = min(t, r), so that some of the chosen rows have r = t all the same. In
     the other rows r = t either way.
     """
-    P_mean_r = config.P_mean if config.P_mean_r is None else config.P_mean_r
-    P_std_r = config.P_std if config.P_std_r is None else config.P_std_r
-    t = (config.P_mean + config.P_std * normals[:, 0]).sigmoid()
-    r = (P_mean_r + P_std_r * normals[:, 1]).sigmoid()
+    laws = zip(logit_laws(config), normals.unbind(1))
+    t, r = ((mean + std * normal).sigmoid() for (mean, std), normal in laws)
     if config.time_sampler == "v0":
         t, r = torch.maximum(t, r), torch.minimum(t, r)
     if config.prediction == "x":
@@ -140,8 +149,46 @@ def make_draws(config: MeanFlowConfig, shape: tuple, seed: int, slots: Sequence[
     return Draws(e, t, r, drop, guided_rows(config, t, drop) if config.guided else None)
 
 
+@cache
+def num_predictions(config: MeanFlowConfig, batch: int) -> int:
+    """How many predictions guidance evaluates for `batch` rows: one size, so that a compiled step keeps its shapes.
+
+    At most 1 of 2,000 micro-batches needs more; it gets the most that there can be. A guided row needs one prediction,
+    and a guided r != t row a second one, if kappa > 0.
+    """
+
+    def below(time: float) -> float:
+        """The probability that t <= time."""
+        if time in (0.0, 1.0):
+            return time
+        chances = [NormalDist(*law).cdf(math.log(time / (1 - time))) for law in logit_laws(config)]
+        return chances[0] if config.time_sampler == "v1" else math.prod(chances)
+
+    k, in_window = num_meanflow(config, batch), below(config.t_end) - below(config.t_start)
+    dropped = config.class_dropout_prob
+    dropped_interval, dropped_flow = dropped, dropped
+    if config.null_class == "flow":
+        dropped_interval, dropped_flow = 0.0, dropped / (1 - config.meanflow_ratio)
+    chances = torch.ones(1, dtype=torch.float64)  # of each number of predictions, from 0 on
+    for row in range(batch):
+        needs = 2 if row < k and config.kappa else 1
+        guided = in_window * (1 - (dropped_interval if row < k else dropped_flow))
+        chances = (1 - guided) * F.pad(chances, (0, needs)) + guided * F.pad(chances, (needs, 0))
+    return max(1, int((1 - chances.cumsum(0) > 1 / 2000).sum()))
+
+
 def guided_rows(config: MeanFlowConfig, t: Tensor, drop: Tensor) -> GuidedRows:
-    """The rows whose velocity guidance changes: t is in [t_start, t_end] and the label is kept."""
-    guided = (config.t_start <= t) & (t <= config.t_end) & ~drop
-    k = num_meanflow(config, len(t))
-    return GuidedRows(guided[:k].nonzero()[:, 0], k + guided[k:].nonzero()[:, 0])
+    """The rows whose velocity guidance changes: t is in [t_start, t_end] and the label is kept. On the CPU."""
+    acts = (config.t_start <= t) & (t <= config.t_end) & ~drop
+    batch, k, size = len(t), num_meanflow(config, len(t)), num_predictions(config, len(t))
+    null_rows = acts.nonzero()[:, 0]
+    cond_rows = acts[:k].nonzero()[:, 0] if config.kappa else null_rows[:0]
+    count = len(null_rows) + len(cond_rows)
+    if count > size:
+        size = batch + k if config.kappa else batch
+    rows, u_null, u_cond = torch.zeros(size).long(), torch.zeros(batch).long(), torch.zeros(batch).long()
+    rows[:count] = torch.cat([null_rows, cond_rows])
+    u_null[null_rows] = torch.arange(len(null_rows))
+    u_cond[cond_rows] = torch.arange(len(null_rows), count)
+    u_cond[k:] = torch.arange(size, size + batch - k)
+    return GuidedRows(acts, rows, torch.arange(size) < len(null_rows), u_null, u_cond)

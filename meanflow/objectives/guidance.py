@@ -1,5 +1,6 @@
 """Classifier-free guidance that is trained in, arXiv:2505.13447 sec. 4.2, so that one step needs one evaluation."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,10 +18,20 @@ def guided_velocity(v: Tensor, u_null: Tensor | float, u_cond: Tensor | float, o
 
 
 class GuidedRows(NamedTuple):
-    """Indices of the rows whose velocity guidance changes, int64: those with r != t, and those with r = t."""
+    """Which predictions guidance evaluates for a batch of B rows, in shapes that are the same at every step.
 
-    interval: Tensor
-    flow: Tensor
+    The S predictions are of u(z_t, t, t, null) and u(z_t, t, t, y); some are padding, and their results are not used.
+    u(z_t, t, t, y) of an r = t row is the main forward's output: these B - k outputs are counted on after the S.
+    """
+
+    acts: Tensor  # which rows' velocity guidance changes, (B,) bool
+    rows: Tensor  # the row of each prediction, (S,) int64
+    null: Tensor  # which predictions are of the null class, (S,) bool
+    u_null: Tensor  # the place of each row's u(z_t, t, t, null) among the predictions, (B,) int64; any, if not guided
+    u_cond: Tensor  # the same of u(z_t, t, t, y)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "GuidedRows":
+        return GuidedRows(*map(fn, self))
 
 
 def guidance_in_words(config: MeanFlowConfig) -> str:

@@ -8,14 +8,16 @@ beside it without a graph. A dual is a tensor together with its tangent.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph_placeholder
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 aten = torch.ops.aten
 REGISTERED = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
@@ -124,46 +126,109 @@ def constant(x: Any) -> Any:
 
 
 class SharedPrimal(torch.overrides.TorchFunctionMode):
-    """Computes, for each operation on duals, the primal once as usual, and then the tangent under no_grad."""
+    """Computes, for each operation on duals, the primal once as usual, and then the tangent under no_grad.
 
-    def __init__(self):
+    Args:
+        tangents: where tangents are kept, by their primals. If None, PyTorch's dual tensors hold them, which cannot
+            enter what torch.compile compiles by itself: a nested region or a checkpointed block.
+    """
+
+    def __init__(self, tangents: dict[Tensor, Tensor] | None = None):
         super().__init__()
-        self.level = torch._C._functorch.maybe_current_level()
+        self.level, self.tangents = torch._C._functorch.maybe_current_level(), tangents
+
+    def split(self, x: Tensor) -> Dual:
+        return split(x) if self.tangents is None else Dual(x, self.tangents.get(x))
+
+    def join(self, p: Tensor, d: Tensor | None) -> Tensor:
+        if self.tangents is None:
+            return join(p, d)
+        if d is not None:
+            self.tangents[p] = d
+        return p
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = {} if kwargs is None else kwargs
         if "out" in kwargs and kwargs["out"] is None:  # the same as no out
             kwargs = {name: value for name, value in kwargs.items() if name != "out"}
         if func is F.dropout:
-            return dropout(*args, **kwargs)
+            return self.dropout(*args, **kwargs)
+        if func is invoke_subgraph_placeholder or func is checkpoint:
+            return self.call_whole(func, *args, **kwargs)
         # The network may call torch.func.grad or vmap. Only PyTorch can read the tangents of tensors inside these.
         transformed = torch._C._functorch.maybe_current_level() != self.level
-        if transformed or must_run_once(func, args, kwargs):
+        by_pytorch = transformed or must_run_once(func, args, kwargs)
+        if by_pytorch and self.tangents is None:
             with sdpa_kernel(SDPBackend.MATH) if "attention" in func.__name__ else nullcontext():
                 return func(*args, **kwargs)  # by PyTorch's own forward mode
-        args, kwargs, duals = unpack(args, kwargs)
+        args, kwargs, duals = self.unpack(args, kwargs)
         out = func(*map(primal, args), **(primal(kwargs) if kwargs else kwargs))
         outs = out if isinstance(out, (list, tuple)) else [out]
         if all(x.d is None for x in duals) or not any(has_derivative(x) for x in outs):
             return out
+        rule = rule_of(func, args, kwargs)
+        if self.tangents is not None and (by_pytorch or rule is forward_mode):
+            raise NotImplementedError(f"{func.__name__} has no rule in objectives/jvp.py: it cannot be compiled here")
         with torch.no_grad():
-            tangent = rule_of(func, args, kwargs)(func, out, *args, **kwargs)
+            tangent = rule(func, out, *args, **kwargs)
         if isinstance(out, Tensor):
-            return join(out, tangent)
-        return type(out)([join(p, d) for p, d in zip(out, tangent)])
+            return self.join(out, tangent)
+        return type(out)([self.join(p, d) for p, d in zip(out, tangent)])
+
+    def unpack(self, args: tuple, kwargs: dict) -> tuple[list, dict, list[Dual]]:
+        """An operation's arguments with every tensor in them as a Dual, and a list of these."""
+        duals = []
+
+        def split_and_note(x: Tensor) -> Dual:
+            duals.append(self.split(x))
+            return duals[-1]
+
+        args = [split_and_note(x) if isinstance(x, Tensor) else replace(Tensor, split_and_note, x) for x in args]
+        kwargs = replace(Tensor, split_and_note, kwargs) if kwargs else kwargs
+        return args, kwargs, duals
+
+    def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """Dropout with one mask for the primal and the tangent.
+
+        It saves the same tensors as PyTorch's own dropout, because a checkpointed block runs again without duals.
+        """
+        x = self.split(input)
+        if not training or not p:
+            return input
+        if x.p.is_cuda:
+            out, mask = torch.native_dropout(x.p, p, True)
+            mask = mask / (1 - p)
+        else:
+            mask = F.dropout(torch.ones_like(x.p), p)
+            out = x.p * mask
+        return out if x.d is None else self.join(out, x.d * mask)
+
+    def call_whole(self, func: Callable, fn: Callable, *args, **options) -> Tensor:
+        """A call that torch.compile traces by itself: fn of tensors as a nested region, or as a checkpointed block."""
+        args, _, duals = self.unpack(args, {})
+        if all(x.d is None for x in duals):
+            return func(fn, *map(primal, args), **options)
+        tensors = [x.p for x in duals] + [x.d for x in duals]
+        if func is checkpoint:
+            return self.join(*checkpoint(with_tangents, fn, *tensors, **options))
+        block = args[0]
+        return self.join(*block_with_tangents(block, *tensors))
 
 
-def unpack(args: tuple, kwargs: dict) -> tuple[list, dict, list[Dual]]:
-    """An operation's arguments with every tensor in them as a Dual, and a list of these."""
-    duals = []
+def with_tangents(fn: Callable, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """fn of the first half of the tensors, and its tangent; the second half are the tangents of the first."""
+    half = len(tensors) // 2
+    primals, tangents = tensors[:half], tensors[half:]
+    mode = SharedPrimal({p: d for p, d in zip(primals, tangents) if d is not None})
+    with mode:
+        out = fn(*primals)
+    return out, mode.tangents[out].detach()
 
-    def split_and_note(x: Tensor) -> Dual:
-        duals.append(split(x))
-        return duals[-1]
 
-    args = [split_and_note(x) if isinstance(x, Tensor) else replace(Tensor, split_and_note, x) for x in args]
-    kwargs = replace(Tensor, split_and_note, kwargs) if kwargs else kwargs
-    return args, kwargs, duals
+@torch.compiler.nested_compile_region
+def block_with_tangents(block: torch.nn.Module, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As with_tangents, for a module whose forward is a nested region of torch.compile: it stays one."""
+    return with_tangents(partial(type(block).forward.__marked_compile_region_fn__, block), *tensors)
 
 
 def rule_of(func: Callable, args: list, kwargs: dict) -> Callable:
@@ -172,28 +237,11 @@ def rule_of(func: Callable, args: list, kwargs: dict) -> Callable:
     Every rule knows its first tensor by its place, and the rules of two tensors know both. A call that gives one of
     them by keyword is rare, and goes to PyTorch's forward mode. So does a layer whose weight or bias has a tangent.
     """
-    rule = RULES.get(func, forward_mode)
+    rule = forward_mode if isinstance(func, REGISTERED) else RULES.get(func.__name__, forward_mode)
     by_keyword = not args or (rule in (add, bilinear, multiply) and any(map(is_dual, kwargs.values())))
     if by_keyword or (rule in (affine, layer_norm, group_norm) and not is_constant(*args[1:], *kwargs.values())):
         return forward_mode
     return rule
-
-
-def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Dropout with one mask for the primal and the tangent.
-
-    It saves the same tensors as PyTorch's own dropout, because a checkpointed block runs again without duals.
-    """
-    x = split(input)
-    if not training or not p:
-        return input
-    if x.p.is_cuda:
-        out, mask = torch.native_dropout(x.p, p, True)
-        mask = mask / (1 - p)
-    else:
-        mask = F.dropout(torch.ones_like(x.p), p)
-        out = x.p * mask
-    return out if x.d is None else join(out, x.d * mask)
 
 
 # These run only once: random operations, those with running statistics, properties and hooks, and those in place.
@@ -204,7 +252,6 @@ RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 DROPOUT_P = 4  # the place of dropout_p among the arguments of scaled_dot_product_attention
 
 
-@cache
 def runs_once(name: str) -> bool:
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in ONCE or "dropout" in name or name.startswith(("rand", "fractional"))
@@ -226,7 +273,7 @@ def forward_mode(func: Callable, out: Any, *args, **kwargs) -> Any:
     args, kwargs = (replace(Dual, lambda x: join(x.p.detach(), x.d), x) for x in (args, kwargs))
     # The fused kernels have no forward-mode derivative. Gradients are on only for a view, for the reason given in
     # linear_in_first: some derivatives, such as mish's, give slightly different numbers then.
-    is_view = isinstance(out, Tensor) and out._is_view()
+    is_view = not torch.compiler.is_compiling() and isinstance(out, Tensor) and out._is_view()
     with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(is_view):
         out = func(*args, **kwargs)
     d = replace(Tensor, lambda x: split(x).d, out)
@@ -323,19 +370,22 @@ def attention(func, out: Tensor, query: Dual, key: Dual, value: Dual, *masks, sc
     return d.addcmul_(p_ds.sum(dim=-1, keepdim=True), out, value=-1)
 
 
-RULES: dict[Callable, Callable] = {
-    **dict.fromkeys((F.linear, torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d), affine),
-    F.scaled_dot_product_attention: attention,
-    F.gelu: gelu,
-    F.silu: silu,
-    F.layer_norm: layer_norm,
-    F.group_norm: group_norm,
-    torch.cat: cat,
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), add),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), multiply),
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm), bilinear),
-    **dict.fromkeys((Tensor.reshape, Tensor.view, Tensor.flatten, Tensor.unflatten, Tensor.unsqueeze), linear_in_first),
-    **dict.fromkeys((Tensor.permute, Tensor.transpose, Tensor.unbind, Tensor.chunk, Tensor.to), linear_in_first),
-    **dict.fromkeys((Tensor.__getitem__, Tensor.squeeze, torch.chunk, F.interpolate), linear_in_first),
-    **dict.fromkeys((Tensor.div, Tensor.__truediv__), linear_in_first),
+# By name: torch.compile cannot look up the functions themselves. A name stands for a function of torch, of
+# torch.nn.functional and for the method of Tensor, which take the same arguments in the same order.
+RULES: dict[str, Callable] = {
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d"), affine),
+    "scaled_dot_product_attention": attention,
+    "gelu": gelu,
+    "silu": silu,
+    "layer_norm": layer_norm,
+    "group_norm": group_norm,
+    "cat": cat,
+    **dict.fromkeys(("add", "__add__", "__radd__"), add),
+    **dict.fromkeys(("mul", "__mul__", "__rmul__"), multiply),
+    **dict.fromkeys(("matmul", "bmm"), bilinear),
+    **dict.fromkeys(("reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze"), linear_in_first),
+    **dict.fromkeys(
+        ("permute", "transpose", "unbind", "chunk", "to", "__getitem__", "contiguous", "interpolate"), linear_in_first
+    ),
+    **dict.fromkeys(("div", "__truediv__"), linear_in_first),
 }

@@ -1,7 +1,7 @@
 """The MeanFlow objective, arXiv:2505.13447: it trains the average velocity u by a target made of v and du/dt."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -107,32 +107,27 @@ class MeanFlow(Objective):
 
     @torch.no_grad()
     def guide(self, v: Tensor, z_t: Tensor, t: Tensor, cond: Cond, u_flow: Tensor, draws: Draws) -> Tensor:
-        """The guided velocity, detached, like v; only the rows where guidance acts are evaluated, the others are v.
+        """The guided velocity, detached, like v; where guidance does not act, it is v.
 
         u(z_t, t, t, null) and u(z_t, t, t, y) are evaluated in one forward without dropout.
 
         Args:
             u_flow: u(z_t, t, t, y) of the r = t rows, which are the last ones: the main forward's output.
         """
-        config, k = self.config, len(v) - len(u_flow)
-        guided = draws.guided or guided_rows(config, t, draws.drop)
+        config, null_class = self.config, self.net.config.num_classes
+        guided = draws.guided or guided_rows(config, t.cpu(), draws.drop.cpu()).map(lambda x: x.to(t.device))
+        acts, rows, null, u_null, u_cond = guided
+        y = torch.where(null, null_class, cond["y"][rows])
         # Guidance needs outputs without dropout, so a network with dropout is evaluated again.
-        reuse_u_flow = not has_dropout(self.net)
-        null_rows = torch.cat(guided)
-        cond_rows = guided.interval if reuse_u_flow else null_rows
-        if config.kappa == 0:
-            cond_rows = cond_rows[:0]
-        rows = torch.cat([null_rows, cond_rows])
-        y = torch.cat([torch.full_like(null_rows, self.net.config.num_classes), cond["y"][cond_rows]])
-        if not len(rows):  # not used, but all ranks of FSDP must run the same number of forwards
-            rows, y = torch.zeros_like(cond["y"][:1]), cond["y"][:1]
-        with evaluation(self.net):
+        again = differs_in_training(self.net)
+        if again:
+            flow_rows = torch.arange(len(v) - len(u_flow), len(v), device=v.device)
+            rows, y = torch.cat([rows, flow_rows]), torch.cat([y, cond["y"][flow_rows]])
+        with evaluation(self.net) if again else nullcontext():
             u = self.u(z_t[rows], t[rows], t[rows], {**select(cond, rows), "y": y})
-        u_null, u_cond = u[: len(null_rows)], u[len(null_rows) : len(null_rows) + len(cond_rows)]
-        if config.kappa and reuse_u_flow:
-            u_cond = torch.cat([u_cond, u_flow[guided.flow - k]])
-        v_g = guided_velocity(v[null_rows], u_null, u_cond if config.kappa else 0.0, config.omega, config.kappa)
-        return v.index_copy(0, null_rows, v_g)
+        u = u if again else torch.cat([u, u_flow])
+        v_g = guided_velocity(v, u[u_null], u[u_cond], config.omega, config.kappa)
+        return torch.where(expand(acts, v), v_g, v)
 
     def check_batch(self, batch: Batch, k: int) -> None:
         x, draws, y = batch.x, batch.draws, batch.cond.get("y")
@@ -201,6 +196,11 @@ def has_dropout(net: nn.Module) -> bool:
     """Whether a layer of net drops something now: torch's Dropout, timm's DropPath and the like."""
     layers = (layer for layer in net.modules() if layer.training and "drop" in type(layer).__name__.lower())
     return any((getattr(layer, "p", 0) or getattr(layer, "drop_prob", 0) or 0) > 0 for layer in layers)
+
+
+def differs_in_training(net: nn.Module) -> bool:
+    """Whether net returns something else now than in evaluation mode: it drops, or has statistics of batches."""
+    return has_dropout(net) or any(getattr(m, "track_running_stats", False) and m.training for m in net.modules())
 
 
 @contextmanager

@@ -25,6 +25,22 @@ class Stop(NamedTuple):
     save: bool  # whether this step is worth a checkpoint
 
 
+class HostCopy:
+    """A tensor on its way to the CPU. Who reads it a step later does not wait for the step that is running then."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.copy, self.arrived = tensor, None
+        if tensor.is_cuda:
+            self.copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.copy.tolist()
+
+
 class Guard:
     """Watches a run.
 
@@ -70,13 +86,13 @@ class Guard:
             skipped: whether the gradient was not finite, so that the step was skipped; a scalar.
         """
         mine = torch.cat([skipped.view(1), torch.full_like(raw_loss[:1], self.signal), raw_loss]).float()
-        self.seen = self.accelerator.reduce(mine.unsqueeze(0), "sum")[0] / self.accelerator.num_processes
+        self.seen = HostCopy(self.accelerator.reduce(mine.unsqueeze(0), "sum")[0] / self.accelerator.num_processes)
 
     def decide(self) -> Stop | None:
         """Whether the step that was noted last ends the run; it is read once."""
         if self.seen is None:
             return None
-        skipped, number, *raw_loss = self.seen.tolist()
+        skipped, number, *raw_loss = self.seen.read()
         self.seen = None
         if skipped or not math.isfinite(sum(raw_loss)):
             stop = self.count_skipped()

@@ -7,9 +7,16 @@ import warnings
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model, send_to_device, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    fsdp2_prepare_model,
+    send_to_device,
+    set_seed,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from meanflow.config import TrainConfig, recipe_fields
@@ -23,6 +30,7 @@ from meanflow.publishing.export import export
 from meanflow.publishing.hub import Pusher
 from meanflow.training import checkpoint
 from meanflow.training.checkpoint import CheckpointWriter, on_processes
+from meanflow.training.compile import can_compile, compile_objective
 from meanflow.training.ema import Averages
 from meanflow.training.guard import Guard, Stop
 from meanflow.training.log import Log
@@ -57,9 +65,12 @@ class Trainer:
             checkpoint.init_weights(self.net, recipe.init_from)
         if recipe.activation_checkpointing:
             self.net.enable_gradient_checkpointing()
+        torch.backends.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if recipe.tf32 else "ieee"
         self.bare = plan.objective(self.net, recipe.objective)  # what is saved; self.objective may wrap it
         self.bare.prepare(self.data)
         self.bare.to(self.accelerator.device)
+        if recipe.compile and can_compile(self.accelerator):
+            compile_objective(self.bare)
         self.averages = Averages(self.net, {str(decay): decay for decay in recipe.ema_decay})
         if self.start is not None:
             on_processes(self.accelerator, verify_checkpoint, self.start)
@@ -132,12 +143,15 @@ class Trainer:
 
     def clip(self) -> None:
         """Clips the gradient; if it is not finite, the optimiser's fused kernel will skip the step without waiting."""
-        max_norm = self.recipe.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.trained, max_norm)
+        max_norm = self.recipe.max_grad_norm
+        if max_norm is None:
+            norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.trained, max_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.skipped = ~norm.isfinite()
         self.optimizer.optimizer.found_inf = self.skipped.float()
-        self.log.add({"grad_norm": norm, "clipped": (norm > max_norm).float()})
+        self.log.add({"grad_norm": norm, "clipped": (norm > (max_norm or math.inf)).float()})
 
     def after_step(self) -> Stop | None:
         """What follows an optimiser step: averages, guard, log, checkpoint, samples. Returns what ends the run."""
@@ -222,7 +236,9 @@ def make_accelerator(recipe: TrainConfig) -> Accelerator:
         raise ValueError(f"{fact}: add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml")
     options = {"mixed_precision": recipe.mixed_precision, "gradient_accumulation_steps": recipe.accumulation_steps}
     options |= {"log_with": list(recipe.track) or None, "project_dir": recipe.out}
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **options)
+    # Without views, DDP's buckets would hold a copy of the gradients. Buffers are constants, or statistics of batches.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp], **options)
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched that do not know of each other")
     if accelerator.distributed_type == DistributedType.FSDP:

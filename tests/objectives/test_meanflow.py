@@ -1,6 +1,7 @@
 """The objective, against the official numbers, a twin without cleverness, and flows that are known exactly."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow.config import MeanFlowConfig
-from meanflow.objectives.draws import Draws, make_draws, order_slots
+from meanflow.objectives.draws import Draws, guided_rows, make_draws, num_predictions, order_slots
 from meanflow.objectives.guidance import guided_velocity
 from meanflow.objectives.jvp import jvp
 from meanflow.objectives.meanflow import MeanFlow, adaptive_weight, has_dropout, mean_velocity_target
@@ -218,7 +219,7 @@ def test_selective_objective_of_every_network_equals_its_naive_twin(name, ratio,
         assert (actual - expected).abs().max() <= 1e-10 * max(1e-3, expected.abs().max())
 
 
-def test_guidance_evaluates_only_the_rows_that_need_it():
+def test_guidance_evaluates_the_rows_that_need_it_and_padding():
     """One evaluation of the null class per kept row inside the interval, one of the class per such r != t row."""
     config = MeanFlowConfig(meanflow_ratio=0.25, omega=1.0, kappa=0.5, t_start=0.2, t_end=0.8)
     net, sizes = small_dit(), []
@@ -226,9 +227,49 @@ def test_guidance_evaluates_only_the_rows_that_need_it():
     t = torch.tensor([0.9, 0.5, 0.1, 0.3, 0.5, 0.7, 0.95, 0.4])
     r = torch.where(torch.arange(8) < 2, 0.05, t)
     drop = torch.tensor([False] * 5 + [True] + [False] * 2)
+    guided = guided_rows(config, t, drop)
+    assert guided.rows[guided.null].tolist() == [1, 3, 4, 7] and guided.rows[4] == 1
     x, y, draws = torch.randn(8, 3, 4, 4), torch.zeros(8).long(), Draws(torch.randn(8, 3, 4, 4), t, r, drop)
     MeanFlow(net, config)(batch_of(x, y, draws))
-    assert sizes == [6, 4 + 1, 2]  # flow matching; null class of rows 1, 3, 4, 7 and class of row 1; r != t rows
+    assert sizes == [6, num_predictions(config, 8), 2]  # flow matching; guidance; r != t rows
+
+
+def test_padding_changes_no_number(monkeypatch):
+    """The result is that of exactly the predictions that are needed, and that of as many as there can be."""
+    config = MeanFlowConfig(meanflow_ratio=0.25, omega=0.7, kappa=0.5, t_start=0.2, t_end=0.8)
+    draws, losses = make_draws(config, (3, 4, 4), 0, order_slots(config, range(16), 16)), []
+    x, y = torch.randn(16, 3, 4, 4), torch.randint(5, (16,))
+    needed = int(draws.guided.acts.sum() + draws.guided.acts[:4].sum())
+    for size in (needed, needed + 1, 20):
+        monkeypatch.setattr("meanflow.objectives.draws.num_predictions", lambda config, batch, size=size: size)
+        guided = guided_rows(config, draws.t, draws.drop)
+        assert len(guided.rows) == size
+        losses.append(MeanFlow(small_dit(), config)(batch_of(x, y, replace(draws, guided=guided))).loss)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("null_class", ["independent", "flow"])
+def test_the_predictions_of_guidance_have_one_size(null_class):
+    """So that a compiled step is never compiled again; it is close to what is needed, and a step costs below 4.5 F."""
+    options = {"omega": 0.2, "kappa": 0.92, "t_end": 0.75, "class_dropout_prob": 0.1, "null_class": null_class}
+    config, B = MeanFlowConfig(**options), 128
+    size = num_predictions(config, B)
+    assert size < 1.2 * B
+    needed = []
+    for step in range(200):
+        slots = order_slots(config, range(step * B, step * B + B), B)
+        guided = make_draws(config, (1, 1, 1), 0, slots).guided
+        assert len(guided.rows) == size
+        needed.append(guided.acts.sum().item() + guided.acts[:32].sum().item())
+    assert max(needed) <= size <= max(needed) + 10
+
+
+def test_more_predictions_than_expected_are_evaluated_all_the_same():
+    """Here all rows are guided, which is as good as impossible when t is small half of the time."""
+    config = MeanFlowConfig(meanflow_ratio=0.25, kappa=0.5, t_end=0.4)
+    guided = guided_rows(config, torch.full((64,), 0.3), torch.zeros(64, dtype=torch.bool))
+    assert num_predictions(config, 64) < 80 == len(guided.rows)
 
 
 def test_draws_made_for_a_config_hold_the_rows_that_guidance_needs():
@@ -237,7 +278,7 @@ def test_draws_made_for_a_config_hold_the_rows_that_guidance_needs():
     draws = make_draws(config, (3, 4, 4), seed=0, slots=order_slots(config, range(32), 32))
     net, x, y = small_dit(), torch.randn(32, 3, 4, 4), torch.randint(5, (32,))
     bare = Draws(draws.e, draws.t, draws.r, draws.drop)
-    assert 0 < len(draws.guided[0]) + len(draws.guided[1]) < 32
+    assert 0 < draws.guided.acts.sum() < 32
     assert torch.equal(
         MeanFlow(net, config)(batch_of(x, y, draws)).loss, MeanFlow(net, config)(batch_of(x, y, bare)).loss
     )
@@ -252,7 +293,7 @@ def test_guidance_that_acts_on_no_row_changes_nothing():
     plain = MeanFlow(net, MeanFlowConfig())(batch_of(x, y, draws))
     net.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     assert torch.equal(MeanFlow(net, config)(batch_of(x, y, draws)).loss, plain.loss)
-    assert sizes == [3, 1, 1]
+    assert sizes == [3, num_predictions(config, 4), 1]
 
 
 class DropoutNet(nn.Module):

@@ -1,0 +1,156 @@
+"""The compiled step: one graph, compiled once, with the numbers of the eager one."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ZOO, batch_of, small_dit
+from torch._dynamo import config as dynamo
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
+
+from meanflow.config import MeanFlowConfig
+from meanflow.objectives.base import Batch
+from meanflow.objectives.draws import make_draws, order_slots
+from meanflow.objectives.meanflow import MeanFlow
+from meanflow.training.compile import compile_objective
+
+GUIDED = MeanFlowConfig(omega=0.2, kappa=0.92, t_end=0.75)
+B = 8
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Each test compiles for itself; what is compiled a second time is an error."""
+    torch._dynamo.reset()
+    counters.clear()
+    with dynamo.patch(error_on_recompile=True):
+        yield
+
+
+def batch_at(config: MeanFlowConfig, net, step: int, size: int = B) -> Batch:
+    draws = make_draws(config, net.z_shape, 0, order_slots(config, range(step * size, (step + 1) * size), size))
+    return batch_of(torch.randn(size, *net.z_shape), torch.randint(5, (size,)), draws)
+
+
+def one_step(objective: MeanFlow, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
+    """Loss, metrics and gradients of a step whose dropout begins at this seed."""
+    torch.manual_seed(seed)
+    objective.zero_grad()
+    out = objective(batch, seed)
+    out.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    return {"loss": out.loss.detach(), **out.metrics, **gradients}
+
+
+def assert_same_steps(objective: MeanFlow, steps: int = 10, size: int = B, bf16: bool = False, **compiler) -> None:
+    """Steps of the compiled objective are those of the eager one, each begun from equal weights, in one graph."""
+    compiled = copy.deepcopy(objective)
+    compile_objective(compiled, **compiler)
+    for step in range(steps):
+        batch = batch_at(objective.config, objective.net, step, size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            expected, actual = (one_step(o, batch, step) for o in (objective, compiled))
+        assert expected.keys() == actual.keys() and expected["du_dt"] > 0
+        gradient, error = (
+            torch.cat(
+                [(actual[name] * minus - expected[name]).flatten().float() for name in expected if "net." in name]
+            )
+            for minus in (0, 1)
+        )
+        assert error.norm() <= 1e-5 * gradient.norm()
+        for name in ("loss", "du_dt", "raw_loss"):
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=0)
+        with torch.no_grad():
+            for ours, theirs in zip(objective.parameters(), compiled.parameters()):
+                if ours.grad is not None:
+                    ours -= 0.01 * ours.grad
+                theirs.copy_(ours)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_every_network_compiles_to_the_same_numbers(name):
+    """Guided, in training, so with the mask of dropout; in one graph that is compiled once.
+
+    A tangent that is dropped where torch.compile cannot see it would show in du_dt.
+    """
+    assert_same_steps(MeanFlow(ZOO[name](), GUIDED), backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DiT", "UNet-cifar"])
+def test_checkpointed_blocks_in_bf16_compile_to_the_same_numbers(name):
+    net = ZOO[name]()
+    net.enable_gradient_checkpointing()
+    assert_same_steps(MeanFlow(net, MeanFlowConfig()), steps=3, bf16=True, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DiT", "UNet-cifar"])
+def test_inductor_gives_the_same_numbers(name):
+    """Dropout by PyTorch's own generator, so that its masks are the eager ones.
+
+    Without the options that compile_objective gives for regions, the conditioning's gradient is wrong by percents.
+    """
+    config = GUIDED if name == "DiT" else MeanFlowConfig(meanflow_ratio=0.75)
+    assert_same_steps(MeanFlow(ZOO[name](), config), fallback_random=True)
+
+
+@pytest.mark.slow
+def test_blocks_are_traced_once():
+    """However many there are, there is one graph for each way in which blocks are called."""
+    regions = []
+
+    def look(graph: torch.fx.GraphModule, inputs) -> torch.fx.GraphModule:
+        calls = [node for node in graph.graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
+        regions.append((len(calls), len({node.args[0].target for node in calls})))
+        return graph
+
+    objective = MeanFlow(small_dit(depth=5), GUIDED)
+    compile_objective(objective, backend=look)
+    objective(batch_at(GUIDED, objective.net, 0))
+    assert regions == [(3 * 5, 3)]  # flow matching, guidance, and r != t rows with their tangents
+
+
+@pytest.mark.slow
+def test_guided_steps_are_never_compiled_again():
+    """Guidance acts on another number of rows at each of these 200 steps."""
+    objective = MeanFlow(small_dit(depth=1), GUIDED)
+    compile_objective(objective, backend="eager")
+    acting = set()
+    for step in range(200):
+        batch = batch_at(GUIDED, objective.net, step, 32)
+        acting.add(int(batch.draws.guided.acts.sum()))
+        objective(batch, step)
+    assert len(acting) > 5
+
+
+class Waits(MeanFlow):
+    def weighted_loss(self, squared_error):
+        return super().weighted_loss(squared_error) * (1 + 0 * squared_error.mean().item())
+
+
+class Branches(MeanFlow):
+    def weighted_loss(self, squared_error):
+        loss = super().weighted_loss(squared_error)
+        return loss if loss > 0 else -loss
+
+
+@pytest.mark.parametrize("kind", [Waits, Branches])
+def test_what_makes_the_host_wait_does_not_compile(kind):
+    objective = kind(small_dit(), MeanFlowConfig(meanflow_ratio=0.0))
+    compile_objective(objective, backend="eager")
+    with pytest.raises(TorchDynamoException):
+        objective(batch_at(objective.config, objective.net, 0))
+
+
+def test_an_operation_without_a_rule_is_refused_in_a_region():
+    """Not computed without its tangent: outside of regions PyTorch's forward mode takes it."""
+    net = small_dit()
+    net.blocks[0].mlp.act = torch.nn.Mish()
+    objective = MeanFlow(net, MeanFlowConfig(meanflow_ratio=1.0))
+    compile_objective(objective, backend="eager")
+    with pytest.raises(TorchDynamoException, match="mish has no rule"):
+        objective(batch_at(objective.config, net, 0))
