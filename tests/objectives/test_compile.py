@@ -80,11 +80,11 @@ def test_every_network_compiles_to_the_same_numbers(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["DiT", "UNet-cifar"])
-def test_checkpointed_blocks_in_bf16_compile_to_the_same_numbers(name):
+@pytest.mark.parametrize("name, bf16", [("DiT", True), ("UNet-cifar", False)])
+def test_checkpointed_blocks_compile_to_the_same_numbers(name, bf16):
     net = ZOO[name]()
     net.enable_gradient_checkpointing()
-    assert_same_steps(MeanFlow(net, MeanFlowConfig()), steps=3, bf16=True, backend="aot_eager")
+    assert_same_steps(MeanFlow(net, MeanFlowConfig()), steps=3, bf16=bf16, backend="aot_eager")
 
 
 @pytest.mark.slow
@@ -127,20 +127,14 @@ def test_guided_steps_are_never_compiled_again():
     assert len(acting) > 5
 
 
-class Waits(MeanFlow):
-    def weighted_loss(self, squared_error):
-        return super().weighted_loss(squared_error) * (1 + 0 * squared_error.mean().item())
-
-
 class Branches(MeanFlow):
     def weighted_loss(self, squared_error):
         loss = super().weighted_loss(squared_error)
         return loss if loss > 0 else -loss
 
 
-@pytest.mark.parametrize("kind", [Waits, Branches])
-def test_what_makes_the_host_wait_does_not_compile(kind):
-    objective = kind(small_dit(), MeanFlowConfig(meanflow_ratio=0.0))
+def test_a_branch_on_a_tensor_does_not_compile():
+    objective = Branches(small_dit(), MeanFlowConfig(meanflow_ratio=0.0))
     compile_objective(objective, backend="eager")
     with pytest.raises(TorchDynamoException):
         objective(batch_at(objective.config, objective.net, 0))
