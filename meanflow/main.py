@@ -55,7 +55,8 @@ def run(recipe: TrainConfig, objective: type | None = None, net: type | None = N
     try:
         trainer.train()
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-        sys.exit(f"error: compile: {str(error).strip().splitlines()[0]}: leave it out, --no-compile")
+        reason = " ".join(str(error).split("\n")[:2])
+        sys.exit(f"error: compile: {reason}: leave it out, --no-compile")
     except UnreadableSample as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # a loading process puts a traceback before it
 

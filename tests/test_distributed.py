@@ -37,7 +37,7 @@ def start(*command: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, code: int | None = 0) -> str:
-    text, _ = process.communicate(timeout=150)
+    text, _ = process.communicate(timeout=300)
     assert code is None or process.returncode == code, text
     return text
 
@@ -166,6 +166,35 @@ def test_run_goes_on_with_another_number_of_processes(weights, tmp_path):
     difference = apart(tmp_path / "one/step-00000010", tmp_path / "two/step-00000010")
     print(difference)
     assert difference["model"] < 1e-6 and difference["ema/0.95"] < 1e-6
+
+
+@pytest.mark.parametrize("launch", [ONE, TWO], ids=["1 process", "2 processes"])
+def test_compiled_run_trains_the_same_network_and_resumes_bit_for_bit(launch, weights, tmp_path):
+    """Guided, against one eager process."""
+    flags = ["--objective.kappa", "0.5", "--steps", "10", "--lr", RATE, "--checkpoint-every", "1", "--keep", "10"]
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    for command, out, more in ((ONE, eager, []), (launch, compiled, ["--compile"])):
+        text = finish(start(*command, *DIGITS, *flags, *more, "--init-from", str(weights), "--out", str(out)))
+    assert text.count("the first step is compiled") == 1
+    assert apart(eager / "step-00000001", compiled / "step-00000001")["gradient"] < 1e-5
+    last = apart(eager / "step-00000010", compiled / "step-00000010")
+    assert last["model"] < 1e-6 and last["ema/0.95"] < 1e-6
+    for step in range(6, 11):
+        (compiled / f"step-{step:08d}").rename(tmp_path / f"{step}")
+    text = finish(start(*launch, *DIGITS, *flags, "--compile", "--init-from", str(weights), "--out", str(compiled)))
+    assert "resumes after step 5 of 10" in text
+    before, after = tensors(tmp_path / "10"), tensors(compiled / "step-00000010")
+    assert all(torch.equal(before[kind], after[kind]) for kind in before)
+
+
+def test_compiling_is_refused_or_left_out_in_one_line(tmp_path, monkeypatch):
+    """Sharded, and without a C++ compiler."""
+    flags = [*DIGITS, "--compile", "--steps", "2", "--out"]
+    text = finish(start(*on_cpu(tmp_path), *flags, str(tmp_path / "sharded")), code=None)
+    assert "\nerror: compile: FSDP2's hooks" in text
+    monkeypatch.setitem(ENVIRONMENT, "CXX", "no-such-compiler")
+    text = finish(start(*ONE, *flags, str(tmp_path / "eager")))
+    assert "warning: not compiled" in text and (tmp_path / "eager/step-00000002").exists()
 
 
 def test_sigterm_saves_the_step_on_both_processes_and_leaves(tmp_path):

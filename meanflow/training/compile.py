@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
@@ -22,6 +23,7 @@ def compile_objective(objective: Objective, backend: str = "inductor", **options
         # A region returns some of its inputs, for the backward. Inductor would write into these, and it would keep
         # activations in another memory format than the region's backward expects (seen with torch 2.15).
         options |= {"allow_buffer_reuse": False, "layout_optimization": False}
+    torch._dynamo.config.optimize_ddp = False  # which would cut the graph at DDP's buckets, and cannot cut it here
     objective.compile(backend=backend, fullgraph=True, options=options if backend == "inductor" else None)
 
 

@@ -236,6 +236,7 @@ def make_accelerator(recipe: TrainConfig) -> Accelerator:
         raise ValueError(f"{fact}: add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml")
     options = {"mixed_precision": recipe.mixed_precision, "gradient_accumulation_steps": recipe.accumulation_steps}
     options |= {"log_with": list(recipe.track) or None, "project_dir": recipe.out}
+    warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")  # Accelerate has no field for its successor
     # Without views, DDP's buckets would hold a copy of the gradients. Buffers are constants, or statistics of batches.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp], **options)
