@@ -3,35 +3,49 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tools.benchmark import Sample, Step, build, count, sampling, steps
+from tools.benchmark import Sample, Step, Ways, build, count_bytes, count_flops, profile_step, sampling
+
+ROOT = Path(__file__).parents[1]
+
+
+def counts(options: Step, net) -> dict[str, dict[str, int]]:
+    ways = Ways(options, net)
+    made = {name: ways.make(name, compiled=False) for name in ways.names()}
+    return {name: {"flops": count_flops(way), "bytes": count_bytes(way)} for name, way in made.items()}
 
 
 @pytest.fixture(scope="module")
-def counts():
+def dit() -> dict[str, dict[str, int]]:
     """DiT of width 384, depth 6, 6 heads, on 64 tokens, batch 32: a forward and backward each."""
-    net = build(Step())
-    return {name: count(net, loss) for name, loss in steps(Step(), net).items()}
+    options = Step(ratio=(0.25, 1.0), guided=True)
+    return counts(options, build(options))
 
 
 @pytest.mark.slow
-def test_a_meanflow_step_costs_little_more_than_flow_matching(counts):
+def test_a_meanflow_step_costs_little_more_than_flow_matching(dit):
     """FLOPs at most 1.09 at ratio 0.25 (floor 1.083) and 1.35 at 1; bytes kept for the backward at most 1.05."""
-    base = counts["flow matching"]
+    base = dit["flow matching"]
     for name, limit in (("this project, share 0.25", 1.09), ("this project, share 1", 1.35)):
-        assert counts[name]["flops"] <= limit * base["flops"]
-        assert counts[name]["bytes"] <= 1.05 * base["bytes"]
+        assert dit[name]["flops"] <= limit * base["flops"]
+        assert dit[name]["bytes"] <= 1.05 * base["bytes"]
+
+
+@pytest.mark.slow
+def test_a_guided_step_costs_at_most_4_5_forwards(dit):
+    """With omega, kappa, times to 0.75 and dropped labels, padding included. A flow-matching step is 3 forwards."""
+    assert dit["this project, share 0.25, guided"]["flops"] <= 4.5 / 3 * dit["flow matching"]["flops"]
 
 
 @pytest.mark.slow
 def test_a_meanflow_step_of_the_cifar_network_does_too():
     """In full size, in training: FLOPs at most 1.27 at ratio 0.75 (floor 1.25), bytes at most 1.05."""
-    options = Step(model="UNet-cifar", input_size=32, channels=3, batch=4, ratio=(0.75, 0.25))
-    net = build(options).train()
-    rows = {name: count(net, loss) for name, loss in steps(options, net).items()}
+    options = Step(model="UNet-cifar", input_size=32, channels=3, batch=4, ratio=(0.75, 0.25), usual=False)
+    rows = counts(options, build(options).train())
     base = rows["flow matching"]
     for name, limit in (("this project, share 0.75", 1.27), ("this project, share 0.25", 1.09)):
         assert rows[name]["flops"] <= limit * base["flops"]
@@ -39,30 +53,50 @@ def test_a_meanflow_step_of_the_cifar_network_does_too():
 
 
 @pytest.mark.slow
-def test_the_usual_way_costs_what_it_is_said_to(counts):
+def test_the_usual_ways_cost_what_they_are_said_to(dit):
     """Else the comparison in the README is a straw man, or the counter counts nothing."""
-    base, usual = counts["flow matching"], counts["the usual way: torch.func.jvp of the whole batch"]
+    base, usual = dit["flow matching"], dit["torch.func.jvp of the whole batch"]
     assert 1.6 < usual["flops"] / base["flops"] < 1.8 and usual["bytes"] > 1.5 * base["bytes"]
+    again = dit["jvp without graph, and a forward"]
+    assert 1.95 < again["flops"] / base["flops"] < 2.1 and again["bytes"] < 1.05 * base["bytes"]
+
+
+@pytest.mark.slow
+def test_memory_and_operations_are_counted():
+    """A forward keeps its bytes until the backward frees them, so the peak is more; twice the depth launches more."""
+    options = Step(hidden_size=64, depth=2, num_heads=2)
+    shallow, deep = (Ways(o, build(o)).make("flow matching", False) for o in (options, replace(options, depth=4)))
+    few, many = (profile_step(way.step, "cpu") for way in (shallow, deep))
+    assert count_bytes(shallow) <= few["peak"] < 2 * count_bytes(shallow)
+    assert 1.5 < many["operations"] / few["operations"] < 2
 
 
 @pytest.mark.slow
 def test_the_tool_prints_its_table_and_writes_it(tmp_path):
-    root = Path(__file__).parents[1]
     sizes = ["--hidden-size", "16", "--depth", "1", "--num-heads", "1", "--batch", "4", "--repeats", "1"]
-    command = [sys.executable, "tools/benchmark.py", "step", *sizes, "--json", str(tmp_path / "out.json")]
-    shown = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    command = [sys.executable, "tools/benchmark.py", "step", *sizes, "--no-usual", "--json", str(tmp_path / "out.json")]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert "this project, share 0.25" in shown.stdout
+    assert "this project, share 0.25 | compiled" in shown.stdout
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["flops_ratio"] for row in rows][0] == 1.0 and len(rows) == 4
+    # Fused: several operations are launched as one.
+    assert rows[3]["operations"] < rows[1]["operations"] / 2 and rows[3]["compile"] > 1
+
+
+@pytest.mark.slow
+def test_the_loader_is_measured_by_kind_of_data_and_processes(tmp_path):
+    command = [sys.executable, "tools/benchmark.py", "loader", "--count", "64", "--batch", "32", "--repeats", "1"]
+    shown = subprocess.run([*command, "--workers", "0", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("| 0 |") == shown.stdout.count("| 1 |") == 3
 
 
 @pytest.mark.slow
 def test_reading_latents_is_compared_with_the_usual_way(tmp_path):
     """The table is complete, and ours is not the slower one: the target, 5 times, is for a quiet machine."""
-    root = Path(__file__).parents[1]
     command = [sys.executable, "tools/benchmark.py", "data", "--count", "512", "--repeats", "1"]
-    shown = subprocess.run([*command, "--json", str(tmp_path / "out.json")], cwd=root, capture_output=True, text=True)
+    shown = subprocess.run([*command, "--json", str(tmp_path / "out.json")], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     usual, ours, _ = json.loads((tmp_path / "out.json").read_text())
     assert ours["sequential"] > usual["sequential"] and ours["shuffled"] > usual["shuffled"]

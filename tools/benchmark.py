@@ -1,14 +1,14 @@
-"""What a MeanFlow step costs, as a ratio to a flow-matching step of the same run; how fast cached latents are read; and
-what sampling costs over the bare network.
+"""What training and sampling cost, as ratios within one run of this tool.
 
     python tools/benchmark.py step
-    python tools/benchmark.py data
-    python tools/benchmark.py sample
-    python tools/benchmark.py step --model UNet-cifar --input-size 32 --channels 3 --batch 4 --ratio 0.75 0.25
+    python tools/benchmark.py step --model UNet-cifar --input-size 32 --channels 3 --batch 4 --ratio 0.75
     python tools/benchmark.py step --model DiT-B/4 --input-size 32 --batch 64 --dtype bf16 --device cuda --json out.json
+    python tools/benchmark.py scale
+    python tools/benchmark.py sample
+    python tools/benchmark.py loader
+    python tools/benchmark.py data
 
-FLOPs and bytes are exact counts, time is the median of interleaved repeats. Bytes are those alive for the backward once
-the forward is done, parameters aside.
+FLOPs, bytes and operations are exact counts, time is the median of interleaved repeats.
 """
 
 import json
@@ -16,17 +16,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
 
 @dataclass(frozen=True)
-class Step:
-    """One training step, forward and backward, in three ways: flow matching; the usual MeanFlow, by torch.func.jvp of
-    the whole batch with graph; and this project's."""
+class Network:
+    """A network with random weights, and where it runs."""
 
     model: str = "custom"
     """a name in models.MODELS; custom: a DiT of the sizes below"""
@@ -42,18 +42,60 @@ class Step:
     """height and width of the input"""
     channels: int = 4
     """channels of the input"""
-    batch: int = 32
-    """samples at a time"""
-    ratio: tuple[float, ...] = (0.25, 1.0)
-    """shares of r != t samples"""
     dtype: Literal["float32", "bf16"] = "float32"
-    """bf16: autocast"""
+    """step, scale: bf16 is autocast; sample: bf16 is of the weights, too"""
     device: str = "cpu"
     """cpu, cuda, cuda:1"""
     repeats: int = 9
     """interleaved repeats, of which the median is taken"""
     json: Path | None = None
     """also write the numbers here"""
+
+
+@dataclass(frozen=True)
+class Step(Network):
+    """One training step, forward and backward, eager and compiled: flow matching; this project's MeanFlow; and two
+    usual ways: torch.func.jvp of the whole batch with its graph, and without a graph before a second forward.
+
+    FLOPs are those of the eager step. Bytes are those alive for the backward once the forward is done, parameters
+    aside; the peak is of the whole step, over what was there before. Operations: those that were launched. Host: a step
+    of the same network at a width of 16, with 4 samples of few tokens, on one thread: nothing but the host costs."""
+
+    batch: int = 32
+    """samples at a time"""
+    ratio: tuple[float, ...] = (0.25,)
+    """shares of r != t samples"""
+    guided: bool = False
+    """also a guided step: omega 0.2, kappa 0.92, t to 0.75, a tenth of the labels dropped"""
+    compiled: bool = True
+    """also the compiled steps"""
+    usual: bool = True
+    """also the usual ways"""
+
+
+@dataclass(frozen=True)
+class Scale(Network):
+    """How a step's cost grows with the batch, the tokens and the depth: one is varied, the others are as given."""
+
+    batch: tuple[int, ...] = (8, 16, 32)
+    """samples at a time; the first is used where another quantity varies"""
+    sizes: tuple[int, ...] = (8, 16, 32)
+    """heights and widths of the input; tokens are their squares over those of patch_size"""
+    depths: tuple[int, ...] = (3, 6, 12)
+    """blocks of a custom DiT"""
+    ratio: float = 0.25
+    """share of r != t samples"""
+
+
+@dataclass(frozen=True)
+class Sample(Network):
+    """One-step sampling, by MeanFlowPipeline from given noise to what the network makes, and with pixels; and the bare
+    forward passes."""
+
+    batch: tuple[int, ...] = (8, 64)
+    """images at a time"""
+    vae: str | None = None
+    """folder or Hub id of an AutoencoderKL to decode with, too"""
 
 
 @dataclass(frozen=True)
@@ -74,39 +116,23 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One-step sampling, by MeanFlowPipeline from given noise to what the network makes, and with pixels; and the bare
-    forward passes. Random weights."""
+class Loader(Data):
+    """Images per second that the training loop gets: draws alone (of pixels in memory, 8 x 8), latents of 256 x 256
+    images, and photographs that are decoded and cropped to 64 x 64; by the number of loading processes."""
 
-    model: str = "custom"
-    """a name in models.MODELS; custom: a DiT of the sizes below"""
-    hidden_size: int = 384
-    """width of a custom DiT"""
-    depth: int = 6
-    """blocks of a custom DiT"""
-    num_heads: int = 6
-    """attention heads of a custom DiT"""
-    patch_size: int = 2
-    """side of a custom DiT's patches"""
-    input_size: int = 16
-    """height and width of the input"""
-    channels: int = 4
-    """channels of the input"""
-    batch: tuple[int, ...] = (8, 64)
-    """images at a time"""
-    vae: str | None = None
-    """folder or Hub id of an AutoencoderKL to decode with, too"""
-    dtype: Literal["float32", "bf16"] = "float32"
-    """bf16: of the weights, too"""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1"""
-    repeats: int = 9
-    """interleaved repeats, of which the median is taken"""
-    json: Path | None = None
-    """also write the numbers here"""
+    count: int = 2_048
+    """images of each pass"""
+    workers: tuple[int, ...] = (0, 1, 2)
+    """loading processes"""
 
 
-def build(options: Step | Sample):
+# Multiplications and additions in bfloat16 without sparsity, per second, by a part of the GPU's name.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+NARROW = {"DiT": {"hidden_size": 16, "num_heads": 2}, "UNet-cifar": {"model_channels": 16}}
+
+
+def build(options: Network, narrow: bool = False):
+    """The network; with narrow at a width of 16, and a DiT of 4 tokens."""
     import torch
 
     from models import MODELS
@@ -121,65 +147,129 @@ def build(options: Step | Sample):
     torch.manual_seed(0)
     if options.model == "custom":
         sizes = {name: getattr(options, name) for name in ("hidden_size", "depth", "num_heads", "patch_size")}
-        net = DiT(input_size=options.input_size, in_channels=options.channels, **sizes)
+        make, kind, patch_size = DiT, "DiT", options.patch_size
+    elif options.model.startswith("DiT"):
+        make, kind, patch_size, sizes = MODELS[options.model], "DiT", int(options.model.split("/")[1]), {}
     else:
-        net = MODELS[options.model](input_size=options.input_size, in_channels=options.channels)
-    return net.to(options.device)
+        make, kind, patch_size, sizes = MODELS[options.model], options.model, 0, {}
+    input_size = options.input_size
+    if narrow:
+        sizes |= NARROW.get(kind, {})
+        input_size = 2 * patch_size or input_size
+    return make(input_size=input_size, in_channels=options.channels, **sizes).to(options.device)
 
 
-def steps(options: Step, net) -> dict[str, Callable]:
-    """The forward of each way, by name: functions that return the loss."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+class Way(NamedTuple):
+    net: Any  # a copy of its own
+    parameters: list
+    loss: Callable
 
-    from meanflow.config import MeanFlowConfig
-    from meanflow.objectives.base import Batch
-    from meanflow.objectives.draws import make_draws, order_slots
-    from meanflow.objectives.meanflow import MeanFlow, adaptive_weight
+    def step(self) -> None:
+        self.loss().backward()
+        for p in self.parameters:  # net.zero_grad() takes half a millisecond
+            p.grad = None
 
-    shape, ways = net.z_shape, {}
-    x = torch.randn(options.batch, *shape).to(options.device)
-    labels = torch.randint(max(1, net.config.num_classes), (options.batch,)).to(options.device)
-    cond = {"y": labels} if net.config.num_classes else {}
 
-    def draws(config):
-        slots = order_slots(config, range(options.batch), options.batch)
-        return make_draws(config, shape, 0, slots).to(options.device)
+class Ways:
+    """The ways of a training step, by name, eager or compiled."""
 
-    def ours(ratio: float) -> Callable:
-        config = MeanFlowConfig(meanflow_ratio=ratio)
-        objective, fixed = MeanFlow(net, config), draws(config)
-        return lambda: objective(Batch(x, fixed, cond)).loss
+    def __init__(self, options: Step, net):
+        import torch
 
-    def usual(ratio: float) -> Callable:
-        d = draws(MeanFlowConfig(meanflow_ratio=ratio))
+        self.options, self.net = options, net
+        self.x = torch.randn(options.batch, *net.z_shape).to(options.device)
+        classes = net.config.num_classes
+        labels = torch.randint(max(1, classes), (options.batch,)).to(options.device)
+        self.cond = {"y": labels} if classes else {}
+
+    def names(self) -> list[str]:
+        guided = [f"this project, share {self.options.ratio[0]:g}, guided"] * self.options.guided
+        usual = ["torch.func.jvp of the whole batch", "jvp without graph, and a forward"] * self.options.usual
+        return ["flow matching", *(f"this project, share {ratio:g}" for ratio in self.options.ratio), *guided, *usual]
+
+    def make(self, name: str, compiled: bool) -> Way:
+        from meanflow.config import MeanFlowConfig
+
+        if name in ("torch.func.jvp of the whole batch", "jvp without graph, and a forward"):
+            return self.usual(compiled, with_graph=name.startswith("torch"))
+        guidance = {"omega": 0.2, "kappa": 0.92, "t_end": 0.75} if "guided" in name else {}
+        ratio = 0.0 if name == "flow matching" else float(name.split("share ")[1].split(",")[0])
+        return self.ours(MeanFlowConfig(meanflow_ratio=ratio, **guidance), compiled)
+
+    def draws(self, config):
+        from meanflow.objectives.draws import make_draws, order_slots
+
+        slots = order_slots(config, range(self.options.batch), self.options.batch)
+        return make_draws(config, self.net.z_shape, 0, slots).to(self.options.device)
+
+    def ours(self, config, compiled: bool) -> Way:
+        import copy
+
+        from meanflow.objectives.base import Batch
+        from meanflow.objectives.meanflow import MeanFlow
+        from meanflow.training.compile import compile_objective
+
+        objective, batch = MeanFlow(copy.deepcopy(self.net), config), Batch(self.x, self.draws(config), self.cond)
+        if compiled:
+            compile_objective(objective, **{"cpp.enable_kernel_profile": True})
+        return Way(objective.net, list(objective.parameters()), self.cast(lambda: objective(batch).loss))
+
+    def usual(self, compiled: bool, with_graph: bool) -> Way:
+        import copy
+
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        from meanflow.config import MeanFlowConfig
+        from meanflow.objectives.meanflow import adaptive_weight
+
+        net, x, d = copy.deepcopy(self.net), self.x, self.draws(MeanFlowConfig(meanflow_ratio=self.options.ratio[0]))
+        for module in net.modules():  # torch.func.jvp does not compile through nested regions
+            whole = getattr(type(module).forward, "__marked_compile_region_fn__", None)
+            if whole is not None:
+                module.forward = partial(whole, module)
         t, r = (a.view(-1, 1, 1, 1) for a in (d.t, d.r))
 
         def loss():
             v = d.e - x
             inputs = ((1 - t) * x + t * d.e, d.t, d.r)
             tangents = (v, torch.ones_like(d.t), torch.zeros_like(d.r))
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
-                u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, t - r, **cond), inputs, tangents)
+            # The fused kernels have no forward-mode derivative.
+            with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(with_graph):
+                u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, t - r, **self.cond), inputs, tangents)
+            if not with_graph:
+                u = net(inputs[0], d.t, d.t - d.r, **self.cond)
             error = (u.float() - (v - (t - r) * du_dt).detach()).square().flatten(1).sum(1)
             return (adaptive_weight(error, 1.0, 0.01) * error).mean()
 
-        return loss
+        if compiled:
+            loss = torch.compile(loss, fullgraph=True, dynamic=False, options={"cpp.enable_kernel_profile": True})
+        return Way(net, list(net.parameters()), self.cast(loss))
 
-    ways["flow matching"] = ours(0.0)
-    ways["the usual way: torch.func.jvp of the whole batch"] = usual(
-        options.ratio[0]
-    )  # its cost does not depend on the share
-    ways |= {f"this project, share {ratio:g}": ours(ratio) for ratio in options.ratio}
-    return ways
+    def cast(self, loss: Callable) -> Callable:
+        import torch
+
+        def cast():
+            device = torch.device(self.options.device).type
+            with torch.autocast(device, torch.bfloat16, enabled=self.options.dtype == "bf16"):
+                return loss()
+
+        return cast
 
 
-def count(net, loss: Callable) -> dict[str, int]:
-    """FLOPs of a step, and bytes that its forward leaves for its backward."""
-    from torch.autograd.graph import saved_tensors_hooks
+def count_flops(way: Way) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
-    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    with FlopCounterMode(display=False) as counter:
+        way.step()
+    return counter.get_total_flops()
+
+
+def count_bytes(way: Way) -> int:
+    """Bytes that a forward leaves for its backward."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    parameters = {p.untyped_storage().data_ptr() for p in way.net.parameters()}
     saved = {}  # storages by address; kept alive, so that no address comes twice
 
     def keep(tensor):
@@ -189,39 +279,113 @@ def count(net, loss: Callable) -> dict[str, int]:
                 saved[storage.data_ptr()] = storage
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            value = loss()
-        size = sum(storage.nbytes() for storage in saved.values())
-        value.backward()
-    net.zero_grad()
-    return {"flops": counter.get_total_flops(), "bytes": size}
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = way.loss()
+    size = sum(storage.nbytes() for storage in saved.values())
+    value.backward()
+    way.net.zero_grad()
+    return size
+
+
+# Operations that launch nothing: they make views, or memory without content.
+VIEWS = {"view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "narrow", "unsqueeze", "squeeze"}
+VIEWS |= {"as_strided", "detach", "alias", "resolve_conj", "resolve_neg", "split", "chunk", "unbind", "_unsafe_view"}
+VIEWS |= {"unflatten", "flatten", "empty", "empty_like", "empty_strided", "resize_", "_reshape_alias", "view_as"}
+VIEWS |= {"_unpack_dual", "_make_dual", "_fw_primal", "_make_dual_copy", "set_data", "is_same_size"}
+
+
+def profile_step(step: Callable, device: str) -> dict[str, int]:
+    """How many operations a step launches, and its peak of memory over what was there before, from the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device.startswith("cuda")
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True) as profiler:
+        step()
+        synchronize(device)
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    held = peak = 0
+    for event in events:
+        if event.name() == "[memory]" and str(event.device_type()).endswith("CUDA" if on_gpu else "CPU"):
+            held += event.nbytes()
+            peak = max(peak, held)
+    if on_gpu:
+        launched = sum("LaunchKernel" in event.name() for event in events)
+        return {"operations": launched, "peak": peak}
+    calls = [event for event in events if event.name().startswith(("aten::", "graph_"))]
+    launched = 0
+    for event, following in zip(calls, [*calls[1:], None]):
+        is_leaf = following is None or following.start_ns() >= event.start_ns() + event.duration_ns()
+        launched += is_leaf and event.name().removeprefix("aten::") not in VIEWS
+    return {"operations": launched, "peak": peak}
 
 
 def step(options: Step) -> list[dict]:
-    """The table's rows: counts, seconds, and each as a ratio to flow matching."""
+    """The table's rows: counts, seconds, and each as a ratio to flow matching of the same mode."""
+    import torch
+    from torch._inductor.utils import fresh_cache
+
+    ways = Ways(options, build(options))
+    narrow = Ways(replace(options, batch=4, ratio=tuple(snap(ratio) for ratio in options.ratio)), build(options, True))
+    modes = ("eager", "compiled") if options.compiled else ("eager",)
+    rows, steps, host = {}, {}, {}
+    for mode in modes:
+        for name, narrow_name in zip(ways.names(), narrow.names()):
+            way = ways.make(name, mode == "compiled")
+            begin = time.perf_counter()
+            with fresh_cache():
+                way.step()
+            row = {"way": name, "mode": mode, "compile": time.perf_counter() - begin if mode == "compiled" else None}
+            row["flops"] = rows[name, "eager"]["flops"] if mode == "compiled" else count_flops(way)
+            row["bytes"] = count_bytes(way)
+            rows[name, mode] = row | profile_step(way.step, options.device)
+            steps[name, mode] = way.step
+            host[name, mode] = narrow.make(narrow_name, mode == "compiled").step
+    for way, seconds in interleaved(steps, options).items():
+        rows[way]["seconds"] = seconds
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for way, seconds in interleaved(host, options).items():
+        rows[way]["host"] = seconds
+    torch.set_num_threads(threads)
+    for (_, mode), row in rows.items():
+        base = rows["flow matching", mode]
+        row |= {f"{key}_ratio": row[key] / base[key] for key in ("flops", "bytes", "peak", "seconds", "host")}
+        if options.device.startswith("cuda"):
+            row |= utilisation(row)
+    return list(rows.values())
+
+
+def snap(ratio: float) -> float:
+    """The next share that 4 samples can have."""
+    return max(1, round(4 * ratio)) / 4
+
+
+def utilisation(row: dict) -> dict:
+    """TFLOP/s, and their share of the most that the GPU can do in bfloat16 (MFU), if its name is known."""
     import torch
 
-    net = build(options)
+    rate, name = row["flops"] / row["seconds"], torch.cuda.get_device_name()
+    most = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return {"gpu": name, "tflops": rate / 1e12, "mfu": rate / most if most else None}
 
-    def autocast(loss: Callable) -> Callable:
-        def cast():
-            with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.dtype == "bf16"):
-                return loss()
 
-        return cast
-
-    ways = {name: autocast(loss) for name, loss in steps(options, net).items()}
-    rows = {name: count(net, loss) for name, loss in ways.items()}
-
-    def backward(loss: Callable) -> Callable:
-        return lambda: (loss().backward(), net.zero_grad())
-
-    seconds = interleaved({name: backward(loss) for name, loss in ways.items()}, options)
-    for name, row in rows.items():
-        row["seconds"] = seconds[name]
-    base = rows["flow matching"]
-    return [{"way": name, **row, **{f"{key}_ratio": row[key] / base[key] for key in row}} for name, row in rows.items()]
+def scale(options: Scale) -> list[dict]:
+    """The table's rows: flow matching and this project's step, compiled, by batch, tokens and depth."""
+    step_options = {field: getattr(options, field) for field in Network.__dataclass_fields__}
+    base = Step(**step_options, batch=options.batch[0], ratio=(options.ratio,), usual=False)
+    variations = [("batch", "batch", options.batch), ("tokens", "input_size", options.sizes)]
+    variations += [("depth", "depth", options.depths)] * (options.model == "custom")
+    rows = []
+    for quantity, field, values in variations:
+        for value in values:
+            changed = replace(base, **{field: value})
+            ways = Ways(changed, build(changed))
+            seconds = interleaved({name: ways.make(name, compiled=True).step for name in ways.names()}, options)
+            shown = (value // options.patch_size) ** 2 if quantity == "tokens" else value
+            flow, ours = seconds.values()
+            rows.append({"quantity": quantity, "value": shown, "seconds": ours, "ratio": ours / flow})
+    return rows
 
 
 def sampling(options: Sample) -> list[dict]:
@@ -258,7 +422,7 @@ def sampling(options: Sample) -> list[dict]:
     return rows
 
 
-def interleaved(ways: dict[str, Callable], options: Step | Sample) -> dict[str, float]:
+def interleaved(ways: dict, options: Network) -> dict:
     """The median seconds of each way: they take turns, so that a slow minute slows all."""
     from tqdm import tqdm
 
@@ -287,133 +451,48 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def write_lmdb(path: str, latents):
-    """The same latents the usual way, each image a pickled dictionary; returns the open database."""
-    import pickle
-
-    import lmdb
-
-    environment = lmdb.open(path, map_size=2**40)
-    with environment.begin(write=True) as transaction:
-        for index in range(len(latents)):
-            moments, flipped = (latents.read([index], [flip])[0] for flip in (0, 1))
-            entry = {"moments": moments, "moments_flip": flipped, "label": int(latents.labels[index])}
-            transaction.put(str(index).encode(), pickle.dumps(entry))
-    return environment
-
-
-def data(options: Data) -> list[dict]:
-    """The table's rows: images per second, the median of interleaved passes over all."""
-    import pickle
-    from tempfile import TemporaryDirectory
-
-    import torch
-    from cache_latents import write_random  # beside this file
-    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
-    from tqdm import tqdm
-
-    from meanflow.config import MeanFlowConfig, TrainConfig
-    from meanflow.data.latents import Latents
-    from meanflow.data.loader import SlotData
-    from meanflow.objectives.draws import order_slots
-    from meanflow.objectives.meanflow import MeanFlow
-
-    if options.count % options.batch:
-        raise ValueError(f"count must be a multiple of batch {options.batch}, got {options.count}")
-    recipe = TrainConfig(vae="random", scaling_factor=0.18215, resolution=256, steps=1, global_batch=options.batch)
-
-    class Ours:
-        """Batches of moments as one gather from the mapped files."""
-
-        def __init__(self, latents):
-            self.latents = latents
-
-        def __getitems__(self, indices):
-            return self.latents.read(indices, [0] * len(indices)), self.latents.labels[indices]
-
-    class Pickles:
-        """What we are compared with; it reads nothing but what was pickled below, in this process."""
-
-        def __init__(self, environment):
-            self.transaction = environment.begin(buffers=True)
-
-        def __getitem__(self, index):
-            entry = pickle.loads(self.transaction.get(str(index).encode()))
-            return entry["moments"], entry["label"]
-
-    class Steps:
-        """What a training step gets: a posterior draw, noise and times, each from its slot's generator."""
-
-        def __init__(self, latents):
-            self.data = SlotData(recipe, MeanFlow, latents)
-
-        def __getitems__(self, indices):
-            slots = order_slots(MeanFlowConfig(), range(len(indices)), len(indices))
-            return self.data.__getitems__(list(zip(indices, slots)))
-
-    with TemporaryDirectory(dir=options.folder) as folder:
-        write_random(Path(folder) / "latents", options.count, "random", 0.18215, 256)
-        latents = Latents(Path(folder) / "latents", recipe)
-        environment = write_lmdb(f"{folder}/lmdb", latents)
-        order, shuffled = SequentialSampler(range(options.count)), RandomSampler(range(options.count))
-
-        def batches(dataset, sampler):
-            sampler = BatchSampler(sampler, options.batch, drop_last=True)
-            return DataLoader(dataset, batch_sampler=sampler, collate_fn=lambda batch: batch)
-
-        ways = {}
-        for name, sampler in (("sequential", order), ("shuffled", shuffled)):
-            ways["LMDB with pickles", name] = DataLoader(Pickles(environment), options.batch, sampler=sampler)
-            ways["this project", name] = batches(Ours(latents), sampler)
-            ways["this project, with posterior draw, noise and times", name] = batches(Steps(latents), sampler)
-        seconds = {way: [] for way in ways}
-        for _ in tqdm(range(options.repeats + 1), desc="repeats"):  # the first pass warms up
-            for way, loader in ways.items():
-                begin = time.perf_counter()
-                for _ in loader:
-                    pass
-                seconds[way].append(time.perf_counter() - begin)
-        same = torch.equal(latents.read([7], [0])[0], Pickles(environment)[7][0])
-        assert same, "the two do not hold the same"
-    rates = {way: options.count / statistics.median(times[1:]) for way, times in seconds.items()}
-    names = dict.fromkeys(name for name, _ in ways)
-    return [{"way": name, **{order: rates[name, order] for order in ("sequential", "shuffled")}} for name in names]
-
-
-def print_data(rows: list[dict]) -> None:
-    print(f"\n| {'images/s':44} | sequential | x | shuffled | x |\n|:---|---:|---:|---:|---:|")
-    for row in rows:
-        cells = " | ".join(
-            f"{row[order]:,.0f} | {row[order] / rows[0][order]:.1f}" for order in ("sequential", "shuffled")
-        )
-        print(f"| {row['way']:44} | {cells} |")
+def mib(size: int) -> str:
+    return f"{size / 2**20:.0f}"
 
 
 def print_step(rows: list[dict]) -> None:
-    print(f"\n| {'step':40} | GFLOPs | x | MiB kept | x | ms | x |\n|:---|---:|---:|---:|---:|---:|---:|")
+    print("\n| step | | GFLOPs | x | MiB kept | x | MiB peak | x | operations | host ms | x | ms | x | compile s |")
+    print("|:---|:---|" + "---:|" * 12)
     for row in rows:
-        print(
-            f"| {row['way']:40} | {row['flops'] / 1e9:.1f} | {row['flops_ratio']:.3f} | {row['bytes'] / 2**20:.0f} "
-            f"| {row['bytes_ratio']:.3f} | {row['seconds'] * 1e3:.0f} | {row['seconds_ratio']:.2f} |"
-        )
+        memory = " | ".join(f"{mib(row[key])} | {row[f'{key}_ratio']:.3f}" for key in ("bytes", "peak"))
+        times = " | ".join(f"{row[key] * 1e3:.3g} | {row[f'{key}_ratio']:.2f}" for key in ("host", "seconds"))
+        flops = f"{row['flops'] / 1e9:.1f} | {row['flops_ratio']:.3f}"
+        compile_seconds = f"{row['compile']:.0f}" if row["compile"] else ""
+        cells = (row["way"], row["mode"], flops, memory, row["operations"], times, compile_seconds)
+        print("| " + " | ".join(map(str, cells)) + " |")
+    if "gpu" in rows[0]:
+        print(f"\n{rows[0]['gpu']}")
+        for row in rows:
+            share = f"{row['mfu']:.1%} MFU" if row["mfu"] else "MFU unknown: this GPU's peak is not in PEAK_FLOPS"
+            print(f"{row['way']}, {row['mode']}: {row['tflops']:.1f} TFLOP/s, {share}")
 
 
-def main(options: Step | Data | Sample) -> None:
-    if isinstance(options, Data):
-        rows = data(options)
-        print_data(rows)
-    elif isinstance(options, Sample):
-        rows = sampling(options)
-        print_sample(rows)
-    else:
-        rows = step(options)
-        print_step(rows)
+def print_scale(rows: list[dict]) -> None:
+    print("\n| | | ms | x flow matching |\n|:---|---:|---:|---:|")
+    for row in rows:
+        print(f"| {row['quantity']} | {row['value']} | {row['seconds'] * 1e3:.3g} | {row['ratio']:.2f} |")
+
+
+def main(options: Network | Data) -> None:
+    from benchmark_data import data, loader, print_data, print_loader  # beside this file
+
+    commands = {Step: (step, print_step), Scale: (scale, print_scale), Sample: (sampling, print_sample)}
+    commands |= {Data: (data, print_data), Loader: (loader, print_loader)}
+    measure, show = commands[type(options)]
+    rows = measure(options)
+    show(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
+    names = {"step": Step, "scale": Scale, "sample": Sample, "loader": Loader, "data": Data}
     try:
-        main(tyro.extras.subcommand_cli_from_dict({"step": Step, "data": Data, "sample": Sample}, description=__doc__))
+        main(tyro.extras.subcommand_cli_from_dict(names, description=__doc__))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

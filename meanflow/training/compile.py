@@ -12,6 +12,7 @@ from meanflow.objectives.base import Objective
 def compile_objective(objective: Objective, backend: str = "inductor", **options) -> None:
     """From now on objective(batch, step) is one graph of torch.compile; the first call compiles it.
 
+    A value that it reads, such as step, is part of the graph: another one compiles another graph, and 8 are allowed.
     Blocks whose forward is a torch.compiler.nested_compile_region are compiled once for all of them.
 
     Args:
@@ -24,7 +25,9 @@ def compile_objective(objective: Objective, backend: str = "inductor", **options
         # activations in another memory format than the region's backward expects (seen with torch 2.15).
         options |= {"allow_buffer_reuse": False, "layout_optimization": False}
     torch._dynamo.config.optimize_ddp = False  # which would cut the graph at DDP's buckets, and cannot cut it here
-    objective.compile(backend=backend, fullgraph=True, options=options if backend == "inductor" else None)
+    objective.compile(
+        backend=backend, fullgraph=True, dynamic=False, options=options if backend == "inductor" else None
+    )
 
 
 def can_compile(accelerator) -> bool:
