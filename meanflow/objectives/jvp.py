@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 aten = torch.ops.aten
+MAX_SCORES = 2**26  # attention probabilities in memory at once, in a tangent: 256 MiB in float32
 REGISTERED = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
 
@@ -357,13 +358,21 @@ def cat(func: Callable, out: Tensor, tensors: list[Dual], *args, **kwargs) -> Te
 
 
 def attention(func, out: Tensor, query: Dual, key: Dual, value: Dual, *masks, scale: float | None = None, **options):
-    """P = softmax(S), S = q k' scale: dS = (dq k' + q dk') scale, dout = (P * dS) v - rowsum(P * dS) out + P dv."""
+    """The tangent of attention, a chunk of queries at a time, so that no more than MAX_SCORES of P are in memory."""
     if is_constant(query) or is_constant(key) or is_constant(value) or any(masks) or any(options.values()):
         return forward_mode(func, out, query, key, value, *masks, scale=scale, **options)
     q, k, v, dq, dk, dv = (x.contiguous() for x in (query.p, key.p, value.p, query.d, key.d, value.d))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, dq, k_t = q * scale, dq * scale, k.transpose(-1, -2)
-    at_least_float32 = torch.promote_types(q.dtype, torch.float32)
+    scores_of_a_query = q[..., 0, 0].numel() * k.shape[-2]  # in all heads of all samples
+    queries = max(1, MAX_SCORES // scores_of_a_query)
+    chunks = zip(*(x.split(queries, dim=-2) for x in (q * scale, dq * scale, out)))
+    tangents = [attention_tangent(*chunk, k, v, dk, dv) for chunk in chunks]
+    return torch.cat(tangents, dim=-2) if len(tangents) > 1 else tangents[0]
+
+
+def attention_tangent(q, dq, out, k, v, dk, dv) -> Tensor:
+    """P = softmax(S), S = q k': dS = dq k' + q dk', dout = (P * dS) v - rowsum(P * dS) out + P dv; q, dq are scaled."""
+    k_t, at_least_float32 = k.transpose(-1, -2), torch.promote_types(q.dtype, torch.float32)
     p = torch.softmax(q @ k_t, dim=-1, dtype=at_least_float32)
     p_ds = (dq @ k_t).add_(q @ dk.transpose(-1, -2)) * p
     d = (p_ds.to(v.dtype) @ v).add_(p.to(v.dtype) @ dv)

@@ -136,6 +136,33 @@ def test_dropout_has_one_mask_for_output_and_derivative():
         assert torch.equal(tangent, 3 * out) and 300 < (out == 0).sum() < 700
 
 
+def attend(q, k, v, MAX_SCORES, monkeypatch):
+    monkeypatch.setattr("meanflow.objectives.jvp.MAX_SCORES", MAX_SCORES)
+    return jvp(F.scaled_dot_product_attention, (q, k, v), (q.cos(), k.sin(), v.cos()))[1]
+
+
+@pytest.mark.parametrize("MAX_SCORES", [1, 2 * 3 * 7 * 4, 2 * 3 * 7 * 11 - 1])
+def test_attention_in_chunks_of_queries_has_the_same_tangent(MAX_SCORES, monkeypatch):
+    """One query at a time, several with a rest, and all but one; keys and queries may differ in number."""
+    q, k, v = (torch.randn(2, 3, tokens, 8, dtype=torch.float64) for tokens in (11, 7, 7))
+    whole, parts = (attend(q, k, v, most, monkeypatch) for most in (2**26, MAX_SCORES))
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_in_chunks_needs_no_score_of_every_pair(monkeypatch):
+    """4,096 tokens: below a quarter of one matrix of all pairs, 64 MiB, of which a tangent at once holds four."""
+    from torch.profiler import ProfilerActivity, profile
+
+    q = torch.randn(1, 1, 4096, 8)
+    held = peak = 0
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        attend(q, q, q, 2**18, monkeypatch)
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        held += event.nbytes() if event.name() == "[memory]" else 0
+        peak = max(peak, held)
+    assert peak < 16 * 2**20
+
+
 def test_attention_dropout_has_one_mask_however_it_is_given():
     """One key: the output is the value or 0, and where it is 0 the derivative is."""
     q, v = torch.randn(1, 1, 200, 8), torch.randn(1, 1, 1, 8)
