@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -255,6 +256,32 @@ def test_two_runs_in_one_folder_are_refused(recipe):
 def test_folder_that_cannot_be_written_is_refused(recipe):
     with pytest.raises((ValueError, OSError), match="/proc/run"):
         train(replace(recipe, out=Path("/proc/run")))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(recipe, monkeypatch):
+    """The first checksum waits for two further steps; what is written is of the step that was to be saved."""
+    straight = replace(recipe, out=recipe.out.with_name("straight"))
+    train(straight)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    later, real_checksum, real_step = threading.Event(), checkpoint.checksum, Trainer.after_step
+
+    def checksum(path):
+        assert later.wait(timeout=60), "training waits for the checkpoint"
+        return real_checksum(path)
+
+    def after_step(self):
+        stop = real_step(self)
+        if self.step == EVERY + 2:
+            later.set()
+        return stop
+
+    monkeypatch.setattr(checkpoint, "checksum", checksum)
+    monkeypatch.setattr(Trainer, "after_step", after_step)
+    train(replace(recipe, keep=9))
+    assert_same(everything(straight.out), everything(recipe.out))
+    expected = load_file(straight.out / "step-00000016/model/diffusion_pytorch_model.safetensors")
+    found = load_file(recipe.out / "step-00000016/model/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_full_disk_while_saving_is_said_and_the_run_goes_on(recipe, capfd):

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections import defaultdict
 from pathlib import Path
+from threading import Thread
 
 import torch
 from accelerate.utils import gather_object
@@ -90,31 +91,53 @@ class CheckpointWriter:
     def __init__(self, accelerator, recipe, fields, metadata, objective: Objective, averages, optimizer):
         self.accelerator, self.recipe, self.fields, self.metadata = accelerator, recipe, fields, metadata
         self.objective, self.averages, self.optimizer = objective, averages, optimizer
+        self.thread, self.error = None, None
+        self.is_pending, self.is_saved = False, True
 
-    def save(self, progress: dict) -> bool:
-        """Saves under a temporary name, renames when everything is on the disk, and prunes to recipe.keep.
+    def save(self, progress: dict) -> None:
+        """Copies a step to memory, and begins to write it beside training.
+
+        It is written under a temporary name, and renamed when everything is on the disk. A failure, such as a full
+        disk, is reported, and the older checkpoints stay.
 
         Args:
             progress: the content of step.json; its "step" names the folder.
-        Returns:
-            Whether it is saved. A failure, such as a full disk, is reported, and the older checkpoints stay.
         """
+        self.wait()
+        sources = {"model": self.objective.net, **{f"ema/{k}": net for k, net in self.averages.nets.items()}}
+        nets = {place: self.copy_network(source) for place, source in sources.items()}
+        states = self.copy_states()
+        self.is_pending = True
+        if self.accelerator.is_main_process:
+            self.thread = Thread(target=self.write, args=(progress, nets, states))
+            self.thread.start()
+
+    def wait(self) -> bool:
+        """Waits until the step that was saved last is on the disk. Returns whether it is, on all processes."""
+        if self.is_pending:
+            if self.thread:
+                self.thread.join()
+            self.is_saved = all(error is None for error in gather_object([self.error]))
+            self.thread, self.error, self.is_pending = None, None, False
+        return self.is_saved
+
+    def write(self, progress: dict, nets: dict[str, torch.nn.Module], states: dict[str, dict]) -> None:
         folder = self.recipe.out / f"step-{progress['step']:08d}"
         temporary = self.recipe.out / f".{folder.name}.tmp"
         try:
-            on_processes(self.accelerator, self.begin, temporary, progress)
-            on_processes(self.accelerator, self.save_network, self.objective.net, temporary / "model", only_main=False)
-            for name, average in self.averages.nets.items():
-                place = temporary / "ema" / name
-                on_processes(self.accelerator, self.save_network, average, place, only_main=False)
-            on_processes(self.accelerator, self.save_state, temporary, only_main=False)
-            on_processes(self.accelerator, self.finish, temporary, folder)
-        except ValueError as error:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(temporary, ignore_errors=True)
-            self.accelerator.print(f"{folder} could not be saved, the older checkpoints stay: {error}", file=sys.stderr)
-            return False
-        return True
+            self.begin(temporary, progress)
+            for place, net in nets.items():
+                net.save_pretrained(temporary / place)
+                name, code = network_file(type(net))
+                if name.startswith("modeling_custom_"):
+                    shutil.copyfile(code, temporary / place / f"{name}.py")
+            for name, state in states.items():
+                save_file(state, temporary / name)
+            self.finish(temporary, folder)
+        except Exception as error:  # by three packages: OSError, RuntimeError, SafetensorError
+            self.error = first_line(error)
+            shutil.rmtree(temporary, ignore_errors=True)
+            print(f"{folder} could not be saved, the older checkpoints stay: {self.error}", file=sys.stderr)
 
     def begin(self, temporary: Path, progress: dict) -> None:
         remove_temporary(self.recipe.out)
@@ -124,26 +147,27 @@ class CheckpointWriter:
         for name, fields in parts.items():
             write_json(temporary / f"{name}.json", fields)
 
-    def save_network(self, source: torch.nn.Module, place: Path) -> None:
-        net = self.objective.net
-        weights = state_dict.get_model_state_dict(source, options=WHOLE)  # by all processes
-        if self.accelerator.is_main_process:
-            with torch.device("meta"):
-                whole = type(net).from_config(net.config)
-            whole.load_state_dict(weights, assign=True)
-            whole.save_pretrained(place)
-            name, code = network_file(type(net))
-            if name.startswith("modeling_custom_"):
-                shutil.copyfile(code, place / f"{name}.py")
+    def copy(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The whole tensors on the CPU, apart from those that training goes on with."""
+        whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in values.items()}  # by all processes
+        apart = torch.Tensor.clone if self.accelerator.device.type == "cpu" else torch.Tensor.cpu
+        return {k: apart(v) for k, v in whole.items()}
 
-    def save_state(self, temporary: Path) -> None:
+    def copy_network(self, source: torch.nn.Module) -> torch.nn.Module | None:
+        weights = self.copy(state_dict.get_model_state_dict(source, options=WHOLE))
+        if not self.accelerator.is_main_process:
+            return None
+        net = self.objective.net
+        with torch.device("meta"):
+            whole = type(net).from_config(net.config)
+        whole.load_state_dict(weights, assign=True)
+        return whole
+
+    def copy_states(self) -> dict[str, dict]:
         optimizer = state_dict.get_optimizer_state_dict(self.objective, self.optimizer, options=WHOLE)
-        state = self.objective.own_state().items()
-        own = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state}  # by all processes, as above
-        if self.accelerator.is_main_process:
-            save_file(flatten(optimizer.get("state", {})), temporary / OPTIMIZER)
-            if own:
-                save_file(own, temporary / OBJECTIVE)
+        states = {OPTIMIZER: flatten(optimizer.get("state", {})), OBJECTIVE: self.objective.own_state()}
+        copies = {name: self.copy(state) for name, state in states.items()}
+        return {name: state for name, state in copies.items() if state or name == OPTIMIZER}
 
     def finish(self, temporary: Path, folder: Path) -> None:
         files = sorted(path for path in temporary.rglob("*") if path.is_file())

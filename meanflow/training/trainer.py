@@ -105,7 +105,7 @@ class Trainer:
         steps, rank = range(self.step, self.total), accelerator.process_index
         loader = make_loader(recipe, type(self.bare), self.data, steps, rank, accelerator.num_processes)
         self.objective.train()
-        self.raw_loss, self.saved, stop = 0.0, True, None
+        self.raw_loss, stop = 0.0, None
         with Guard(accelerator, recipe, progress) as self.guard:
             for micro_step, batch in enumerate(self.log.timed(loader), start=self.step * recipe.accumulation_steps):
                 self.train_step(batch, micro_step)
@@ -113,6 +113,7 @@ class Trainer:
                     stop = self.after_step()
                 if stop:
                     break
+            self.saved = self.writer.wait()
             self.bar.close()
             if accelerator.is_main_process:
                 fault = "the run was stopped" if stop else None if self.saved else "the last step is not saved"
@@ -170,8 +171,8 @@ class Trainer:
             stop = stop or guard.decide()  # by this step, too: it must be worth saving
             if not stop or stop.save:
                 with log.clock("saving"):
-                    self.saved = self.writer.save({"step": self.step, **guard.state, **log.state()})
-                if is_push and self.saved and self.pusher:
+                    self.writer.save({"step": self.step, **guard.state, **log.state()})
+                if is_push and self.writer.wait() and self.pusher:
                     self.pusher.start(checkpoints(recipe.out)[-1])
         if self.step % recipe.sample_every == 0 or is_last:
             with log.clock("samples"):
