@@ -323,6 +323,23 @@ def test_sharded_processes_train_save_and_resume_the_same_network(weights, tmp_p
         assert last["model"] < 1e-6 and last["ema/0.95"] < 1e-6 and last["gradient"] < 1e-6
 
 
+def test_sharded_processes_train_the_same_network_in_bf16(weights, tmp_path):
+    """Blocks are gathered as autocast rounds them, and computed twice; times and their embedders stay float32.
+
+    A bfloat16 has 8 bits, and the gradients of a step's forwards are added in it: 2^-8.
+    """
+    more = ["--mixed-precision", "bf16", "--activation-checkpointing", "--objective.kappa", "0.5", "--steps", "5"]
+    more += ["--lr", RATE, "--checkpoint-every", "1", "--keep", "9", "--init-from", str(weights), "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for launch, out in ((ONE, one), (on_cpu(tmp_path), two)):
+        finish(start(*launch, *DIGITS, *more, str(out)))
+    first, last = (apart(one / step, two / step) for step in ("step-00000001", "step-00000005"))
+    print(first, last)
+    assert first["gradient"] < 2**-8 and last["model"] < 1e-5 and last["ema/0.95"] < 1e-5
+    for line, other in zip(read_log(one / "log.jsonl"), read_log(two / "log.jsonl")):
+        assert other["du_dt"] == pytest.approx(line["du_dt"], rel=1e-3)
+
+
 WEIGHTED = """
 from pathlib import Path
 

@@ -14,7 +14,7 @@ from accelerate.utils import (
     send_to_device,
     set_seed,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
@@ -75,6 +75,11 @@ class Trainer:
         if self.start is not None:
             on_processes(self.accelerator, verify_checkpoint, self.start)
             checkpoint.load_modules(self.start, self.bare, self.averages)
+        if self.accelerator.is_fsdp2:
+            plugin, dtype = self.accelerator.state.fsdp_plugin, {"no": None, "bf16": torch.bfloat16}
+            shard_blocks(self.bare, plugin, dtype[recipe.mixed_precision])
+            for average in self.averages.nets.values():
+                shard_blocks(average, plugin, None)
         optimizer = make_optimizer(self.bare, recipe, own.optimizer)
         self.objective, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
         if self.accelerator.is_fsdp2:
@@ -248,6 +253,18 @@ def make_accelerator(recipe: TrainConfig) -> Accelerator:
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError("FSDP was asked for, but Accelerate shards only on several GPUs: use another config")
     return accelerator
+
+
+def shard_blocks(module: torch.nn.Module, plugin, dtype: torch.dtype | None) -> None:
+    """Shards the blocks that FSDP2 gathers one by one; they are gathered in this dtype, to which autocast rounds them.
+
+    Accelerate shards the rest as one group, in float32: in it are the times' embedders, which need that.
+    """
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for block in module.modules():
+        if type(block).__name__ in (module._no_split_modules or ()):
+            fully_shard(block, mp_policy=policy, reshard_after_forward=plugin.reshard_after_forward)
+    plugin.transformer_cls_names_to_wrap = []
 
 
 def prepare_sharding(accelerator: Accelerator) -> None:
