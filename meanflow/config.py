@@ -15,7 +15,7 @@ HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 FREE_ON_RESUME = {
     *("out", "data", "vae", "verify", "resume", "dry_run", "workers", "track"),
     *("log_every", "sample_every", "checkpoint_every", "keep", "push_to_hub", "push_every"),
-    *("accumulation_steps", "activation_checkpointing", "compile"),
+    *("accumulation_steps", "activation_checkpointing", "compile", "plan"),
     *("warn_at", "halt_at", "grace_steps", "max_skipped"),
 }
 
@@ -245,6 +245,8 @@ class TrainConfig:
     verify: bool = True
     # print what the run would be, refuse what cannot work, and stop
     dry_run: bool = False
+    # with --dry-run: what the run costs on so many of these GPUs, such as h100 64
+    plan: tuple[Literal["a100", "h100", "h200"], int] | None = None
     # train 4 steps of a small network in a folder of its own, on random latents instead of a cache, on digits instead
     # of images, on shapes instead of volumes
     smoke: bool = False
@@ -264,6 +266,8 @@ class TrainConfig:
         check_each(self, ("betas", "ema_decay"), lambda xs: len(xs) > 0 and all(0 <= x < 1 for x in xs), "in [0, 1)")
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
         check_each(self, ("push_to_hub",), lambda x: re.fullmatch(HUB_ID, x), "a Hub id, user/name")
+        check(self.plan is None or self.dry_run, "plan", self.plan, "given with dry_run")
+        check(self.plan is None or self.plan[1] >= 1, "plan", self.plan, "1 GPU or more")
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")
         unscaled = self.vae is not None and None in (self.scaling_factor, self.resolution)
         check(not unscaled, "scaling_factor and resolution", None, f"given with a vae, {self.vae}")

@@ -13,10 +13,16 @@ from statistics import NormalDist
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 from meanflow.config import MeanFlowConfig
 from meanflow.noise import generator
 from meanflow.objectives.guidance import GuidedRows
+
+
+def can_look_at(x: Tensor) -> bool:
+    """Whether x has values that can be read without a host sync: not on an accelerator, nor while a step is traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and active_fake_mode() is None
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Draws:
             raise ValueError(f"t, r and drop must be {tuple(batch)} like the noise's first axis, got {shapes}")
         if self.drop.dtype != torch.bool:
             raise ValueError(f"drop must be bool, got {self.drop.dtype}")
-        if self.t.device.type != "cpu" or torch.compiler.is_compiling():
+        if not can_look_at(self.t):
             return
         if not (0 <= self.r.min() and self.t.max() <= 1):
             raise ValueError(f"t and r must be in [0, 1], got {self.r.min():.4g} to {self.t.max():.4g}")

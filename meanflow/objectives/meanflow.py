@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from meanflow.config import MeanFlowConfig
 from meanflow.objectives.base import Batch, Objective, Output, Sampling
-from meanflow.objectives.draws import Draws, guided_rows, make_draws, num_meanflow, order_slots
+from meanflow.objectives.draws import Draws, can_look_at, guided_rows, make_draws, num_meanflow, order_slots
 from meanflow.objectives.guidance import guidance_in_words, guided_velocity
 from meanflow.objectives.jvp import finite_difference, jvp
 from meanflow.sampler import STEPS, Cond, average_velocity, expand
@@ -138,8 +138,8 @@ class MeanFlow(Objective):
         self.check(self.config, self.net, x.shape[1:], 0 if y is None else self.net.config.num_classes)
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"classes must be ({len(x)},) int64, got {tuple(y.shape)} {y.dtype}")
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # to look at the values would be a host sync
+        if not can_look_at(x):
+            return
         if y is not None and not (0 <= y.min() and y.max() <= self.net.config.num_classes):
             raise ValueError(f"classes must be in [0, {self.net.config.num_classes}], got {y.min()} to {y.max()}")
         if (draws.r[k:] != draws.t[k:]).any():

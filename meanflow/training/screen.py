@@ -6,6 +6,7 @@ import sys
 from meanflow.data.sources import load_data
 from meanflow.publishing.checkpoints import saved_step
 from meanflow.training import preflight
+from meanflow.training.plan import render as render_costs
 from meanflow.training.preflight import Parts, Plan, gib
 
 
@@ -53,7 +54,10 @@ def show(plan: Plan) -> None:
 def dry_run(recipe, own: Parts) -> None:
     """Shows what a run under this launch would be, without a device."""
     data = (own.data or load_data)(recipe)
-    plan = preflight.preflight(recipe, data, int(os.environ.get("WORLD_SIZE", 1)), own)
+    num_processes = recipe.plan[1] if recipe.plan else int(os.environ.get("WORLD_SIZE", 1))
+    plan = preflight.preflight(recipe, data, num_processes, own)
     if int(os.environ.get("RANK", 0)) == 0:
         show(plan)
+        if recipe.plan:
+            print(render_costs(plan))
         print("dry run: nothing was trained or written", file=sys.stderr)
