@@ -36,6 +36,7 @@ RECIPE = TrainConfig(
     betas=(0.9, 0.95),
     ema_decay=(0.9999,),
     mixed_precision="bf16",
+    compile=True,
     workers=4,
     log_every=100,
     sample_every=5000,

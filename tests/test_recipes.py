@@ -147,6 +147,7 @@ def test_photographs_to_latents_to_training_to_decoded_samples(photos, vae, tmp_
     assert "40 latents (4, 8, 8) of 2 classes" in shown.stdout
     flags = ["--data", str(latents), *size, "--out", str(run), "--model", "DiT-XS/2", "--steps", "50", "--lr", "1e-3"]
     flags += ["--global-batch", "16", "--sample-every", "50", "--log-every", "10", "--mixed-precision", "no", "--flip"]
+    flags += ["--no-compile"]
     shown = start(*LAUNCH, "recipes/imagenet_ditb2.py", *flags)
     assert shown.returncode == 0, shown.stderr
     losses = [line["raw_loss"] for line in read_log(run / "log.jsonl")]
@@ -185,7 +186,7 @@ def test_full_size_ditb4_takes_three_steps_here_within_memory(tmp_path):
         "--global-batch",
         "16",
     ]
-    flags += ["--accumulation-steps", "2", "--log-every", "1", "--workers", "0"]
+    flags += ["--accumulation-steps", "2", "--log-every", "1", "--workers", "0", "--no-compile"]
     shown = python("-c", code, "recipes/imagenet_ditb4.py", *flags)
     assert shown.returncode == 0, shown.stderr
     assert "DiT-B/4: 131,165,248 parameters" in shown.stdout

@@ -65,7 +65,7 @@ class Trainer:
             checkpoint.init_weights(self.net, recipe.init_from)
         if recipe.activation_checkpointing:
             self.net.enable_gradient_checkpointing()
-        torch.backends.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if recipe.tf32 else "ieee"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.tf32
         self.bare = plan.objective(self.net, recipe.objective)  # what is saved; self.objective may wrap it
         self.bare.prepare(self.data)
         self.bare.to(self.accelerator.device)
