@@ -1,6 +1,7 @@
 """The compiled step: one graph, compiled once, with the numbers of the eager one."""
 
 import copy
+import socket
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import ZOO, batch_of, small_dit
 from torch._dynamo import config as dynamo
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
 from meanflow.config import MeanFlowConfig
 from meanflow.objectives.base import Batch
@@ -30,7 +32,8 @@ def forget():
 
 def batch_at(config: MeanFlowConfig, net, step: int, size: int = B) -> Batch:
     draws = make_draws(config, net.z_shape, 0, order_slots(config, range(step * size, (step + 1) * size), size))
-    return batch_of(torch.randn(size, *net.z_shape), torch.randint(5, (size,)), draws)
+    more = {"augment_labels": torch.randn(size, 6)} if net.config.get("augment_dim") else {}
+    return batch_of(torch.randn(size, *net.z_shape), torch.randint(5, (size,)), draws, **more)
 
 
 def one_step(objective: MeanFlow, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
@@ -96,6 +99,45 @@ def test_inductor_gives_the_same_numbers(name):
     """
     config = GUIDED if name == "DiT" else MeanFlowConfig(meanflow_ratio=0.75)
     assert_same_steps(MeanFlow(ZOO[name](), config), fallback_random=True)
+
+
+def compare_on_one_of_two(rank: int, port: int) -> None:
+    """Of two processes: steps of every network, compiled and eager, inside DDP."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for name, make in ZOO.items():
+        torch._dynamo.reset()
+        eager, compiled = MeanFlow(make(), GUIDED), MeanFlow(make(), GUIDED)
+        compile_objective(compiled, backend="aot_eager")
+        wrapped = [DistributedDataParallel(o, gradient_as_bucket_view=True) for o in (eager, compiled)]
+        for step in range(10):
+            torch.manual_seed(2 * step + rank)
+            batch = batch_at(GUIDED, eager.net, 2 * step + rank)
+            (loss, gradient), (found, found_gradient) = (synchronised_step(o, batch, step) for o in wrapped)
+            assert abs(found - loss) <= 1e-5 * loss, name
+            assert (found_gradient - gradient).norm() <= 1e-5 * gradient.norm(), name
+            with torch.no_grad():
+                for ours, theirs in zip(eager.parameters(), compiled.parameters()):
+                    ours -= 0.01 * ours.grad
+                    theirs.copy_(ours)
+    torch.distributed.destroy_process_group()
+
+
+def synchronised_step(objective, batch: Batch, step: int) -> tuple[float, torch.Tensor]:
+    torch.manual_seed(step)
+    objective.zero_grad(set_to_none=False)
+    loss = objective(batch, step).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in objective.parameters()]).clone()
+
+
+@pytest.mark.slow
+def test_every_network_compiles_to_the_same_numbers_on_two_processes():
+    """Gradients are those that DDP has averaged."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(compare_on_one_of_two, (port,), nprocs=2)
 
 
 @pytest.mark.slow
