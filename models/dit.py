@@ -102,6 +102,7 @@ class DiT(ModelMixin, ConfigMixin):
     Args:
         input_size: (H, W) of images, one number for a square; (D, H, W) of volumes. Multiples of patch_size.
         hidden_size: width D; a multiple of 4 and of num_heads.
+        mlp_ratio: width of the hidden layer of a block's MLP, as a multiple of D.
         num_classes: classes 0..num_classes - 1; num_classes itself is the null class. 0: unconditional, y is None.
     Raises:
         ValueError: a size that does not divide, or a z of another shape.
@@ -137,8 +138,7 @@ class DiT(ModelMixin, ConfigMixin):
         if num_classes:
             # The table's last row is the null class.
             self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, hidden_size)})
-        positions = sincos_positions(hidden_size, *self.x_embedder.grid_size)
-        self.register_buffer("pos_embed", positions, persistent=False)
+        self.register_buffer("pos_embed", sincos_positions(hidden_size, *self.x_embedder.grid_size), persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size ** len(size) * in_channels)
         self.reset_parameters()

@@ -22,9 +22,8 @@ def time_features(t: Tensor, h: Tensor, half: int) -> Tensor:
 def check_inputs(net: ModelMixin, z: Tensor, y: Tensor | None) -> None:
     if z.shape[1:] != net.z_shape:
         raise ValueError(f"z must be (B, {', '.join(map(str, net.z_shape))}), got {tuple(z.shape)}")
-    num_classes = net.config.num_classes
-    if (y is None) != (num_classes == 0):
-        raise ValueError(f"num_classes is {num_classes}, so y must {'' if y is None else 'not '}be given")
+    if (y is None) != (net.config.num_classes == 0):
+        raise ValueError(f"num_classes is {net.config.num_classes}, so y must {'' if y is None else 'not '}be given")
 
 
 class Conv(nn.Conv2d):
@@ -212,7 +211,7 @@ class UNet(ModelMixin, ConfigMixin):
     Args:
         input_size: height and width of z, one number for a square; each level after the first halves them.
         block_out_channels: width of each level; multiples of 8, where attention is.
-        attention: which levels have it.
+        attention: of each level, True if it has attention.
         num_classes: classes 0..num_classes - 1; num_classes itself is the null class. 0: unconditional, y is None.
     Raises:
         ValueError: a size that does not divide, or a z of another shape.
@@ -223,14 +222,7 @@ class UNet(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self,
-        input_size: int | tuple[int, int],
-        in_channels: int,
-        block_out_channels: tuple[int, ...],
-        attention: tuple[bool, ...],
-        layers_per_block: int = 2,
-        dropout: float = 0.0,
-        num_classes: int = 0,
+        self, input_size, in_channels, block_out_channels, attention, layers_per_block=2, dropout=0.0, num_classes=0
     ):
         super().__init__()
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)

@@ -4,10 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 
-def augment(x: Tensor, p: float, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+def augment(x: torch.Tensor, p: float, generators: list[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mirrors, scales, stretches and shifts images at random, with the settings of the authors' CIFAR-10 runs.
 
     EDM resamples through a wavelet; here it is bicubic. Beyond the edges the image is reflected.
@@ -29,13 +28,13 @@ def augment(x: Tensor, p: float, generators: list[torch.Generator]) -> tuple[Ten
     shift_x, shift_y = (torch.where(uniform[5] < p, normal[i], 0.0) for i in (2, 3))
     labels = torch.stack([mirror.float(), scale, stretch * angle.cos(), stretch * angle.sin(), shift_x, shift_y], dim=1)
 
-    def matrix(*rows) -> Tensor:  # (B, 3, 3)
+    def matrix(*rows) -> torch.Tensor:  # (B, 3, 3)
         return torch.stack([torch.stack([torch.zeros_like(scale) + a for a in row], dim=-1) for row in rows], dim=1)
 
-    def zoom(a: Tensor, b: Tensor) -> Tensor:
+    def zoom(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return matrix((1 / a, 0, 0), (0, 1 / b, 0), (0, 0, 1))
 
-    def turn(a: Tensor) -> Tensor:
+    def turn(a: torch.Tensor) -> torch.Tensor:
         return matrix((a.cos(), a.sin(), 0), (-a.sin(), a.cos(), 0), (0, 0, 1))
 
     # From a place in the result to its place in x; coordinates are in [-1, 1], so an eighth of the side is 0.25.

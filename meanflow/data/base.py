@@ -1,13 +1,9 @@
 """The protocol of data. Data of your own are one class that follows it."""
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from meanflow.noise import generator
 from meanflow.pictures import middle_slices
-from meanflow.sampler import Cond
 
 
 class UnreadableSample(ValueError):
@@ -24,7 +20,7 @@ class Data:
     def __len__(self) -> int:
         return self.metadata["count"]
 
-    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor | tuple, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[torch.Tensor | tuple, dict]:
         """These samples, and the conditions that go to the network by keyword.
 
         Args:
@@ -46,11 +42,11 @@ class Data:
             ValueError: a file is damaged; the message names it.
         """
 
-    def to_pixels(self, x: Tensor) -> Tensor:
+    def to_pixels(self, x: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1] to look at, (B, 1 or 3, H, W), from model units."""
         return middle_slices(x) if x.ndim == 5 else x[:, :3]
 
-    def channel_variance(self, max_samples: int = 1024) -> Tensor:
+    def channel_variance(self, max_samples: int = 1024) -> torch.Tensor:
         """The variance of each channel, (C,) float64, over samples that are evenly spread.
 
         Raises:
@@ -68,7 +64,6 @@ class Data:
         return variance
 
 
-@dataclass
 class InMemory(Data):
     """Images or volumes in memory.
 
@@ -80,17 +75,13 @@ class InMemory(Data):
         ValueError: a class is out of range.
     """
 
-    x: Tensor
-    y: Tensor | None
-    num_classes: int
-    latents: dict | None = None
+    def __init__(self, x: torch.Tensor, y: torch.Tensor | None, num_classes: int, latents: dict | None = None):
+        if y is not None and not (0 <= y.min() and y.max() < num_classes):
+            raise ValueError(f"classes must be in [0, {num_classes}), got {y.min()} to {y.max()}")
+        self.x, self.y, self.num_classes = x, y, num_classes
+        self.shape = tuple(x.shape[1:])
+        classes = [str(label) for label in range(num_classes)]
+        self.metadata = {"count": len(x), "classes": classes, "latents": latents}
 
-    def __post_init__(self) -> None:
-        if self.y is not None and not (0 <= self.y.min() and self.y.max() < self.num_classes):
-            raise ValueError(f"classes must be in [0, {self.num_classes}), got {self.y.min()} to {self.y.max()}")
-        self.shape = tuple(self.x.shape[1:])
-        classes = [str(label) for label in range(self.num_classes)]
-        self.metadata = {"count": len(self.x), "classes": classes, "latents": self.latents}
-
-    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, Cond]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[torch.Tensor, dict]:
         return self.x[indices], {"y": self.y[indices]} if self.num_classes else {}

@@ -11,7 +11,6 @@ from tqdm import tqdm
 from meanflow.data.base import Data, UnreadableSample
 from meanflow.files import errors_as
 
-CROP = "ADM centre crop"
 TABLES = (".parquet", ".arrow")
 
 
@@ -83,16 +82,15 @@ class ImageFiles(Data):
         rows = open_source(source, split)
         if not len(rows):
             raise ValueError(f"{source} is empty")
-        columns = rows.features
-        self.column = next((name for name, kind in columns.items() if isinstance(kind, datasets.Image)), None)
+        self.column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
         if self.column is None:
-            raise ValueError(f"{source} has no column of images, only {', '.join(columns)}")
+            raise ValueError(f"{source} has no column of images, only {', '.join(rows.features)}")
         files = rows.select_columns(self.column).cast_column(self.column, datasets.Image(decode=False))
         self.files = files.with_format(None)
         self.classes, self.labels = self.read_labels(rows)
         self.num_classes = len(self.classes)
         self.metadata = {"source": source, "split": split, "resolution": size, "classes": self.classes}
-        self.metadata |= {"transform": CROP if crop else None, "count": len(rows)}
+        self.metadata |= {"transform": "ADM centre crop" if crop else None, "count": len(rows)}
         self.memory = None
         if not crop:
             bar = tqdm(range(len(rows)), "images", unit="image", mininterval=1, disable=len(rows) < 10_000)
@@ -102,12 +100,11 @@ class ImageFiles(Data):
         """The classes' names and every sample's class, (N,) int64; [] and None without classes."""
         import datasets
 
-        columns = rows.features
-        label = "label" if "label" in columns else None
-        label = next((name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)), label)
+        label = "label" if "label" in rows.features else None
+        label = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)), label)
         if label is None:
             return [], None
-        labels, kind = rows.with_format(None)[label][:], columns[label]
+        labels, kind = rows.with_format(None)[label][:], rows.features[label]
         if None in labels:
             raise ValueError(f"{self.name(labels.index(None))} has no label")
         if not all(isinstance(value, int) for value in labels):

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from meanflow.config import TrainConfig
 from meanflow.data.base import Data
 from meanflow.data.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_metadata
 from meanflow.files import checksum, errors_as, read_json
@@ -64,7 +62,7 @@ def verify_shards(folder: Path, shards: list[dict], quiet: bool = False) -> None
             raise ValueError(f"{folder / shard['file']} is damaged: its checksum is not the one that was noted")
 
 
-def check_expected(folder: Path, metadata: dict, recipe: TrainConfig) -> None:
+def check_expected(folder: Path, metadata: dict, recipe) -> None:
     """Refuses a cache that was not made as the recipe expects, naming the difference."""
     wrong = [name for name in ("resolution", "scaling_factor") if metadata[name] != getattr(recipe, name)]
     # Wherever a VAE lies, its weights decide. (Random latents are nobody's.)
@@ -92,19 +90,18 @@ class LatentSpace(Data):
 
     def __init__(self, metadata: dict, shift: float | list[float], scale: float | list[float], vae):
         self.metadata, self.vae = {**metadata, "latents": {"shift": shift, "scale": scale}}, vae
-        self.constants = {"cpu": [torch.tensor(a).view(-1, 1, 1) for a in (shift, scale)]}
+        self.constants = [torch.tensor(a).view(-1, 1, 1) for a in (shift, scale)]
 
-    def shift_and_scale(self, device: torch.device) -> list[Tensor]:
-        """Both as tensors (C, 1, 1), copied to each device only once, since a copy waits for the device."""
-        if str(device) not in self.constants:
-            self.constants[str(device)] = [a.to(device) for a in self.constants["cpu"]]
-        return self.constants[str(device)]
+    def shift_and_scale(self, device: torch.device) -> list[torch.Tensor]:
+        """Both as tensors (C, 1, 1), copied only where the device is another than before, since a copy waits for it."""
+        self.constants = [a.to(device) for a in self.constants]
+        return self.constants
 
-    def normalize(self, latents: Tensor) -> Tensor:
+    def normalize(self, latents: torch.Tensor) -> torch.Tensor:
         shift, scale = self.shift_and_scale(latents.device)
         return (latents - shift) * scale
 
-    def to_pixels(self, x: Tensor) -> Tensor:
+    def to_pixels(self, x: torch.Tensor) -> torch.Tensor:
         """Images, roughly in [-1, 1], (B, 3, H, W); a third of the first three channels if the VAE cannot be loaded."""
         if isinstance(self.vae, str):
             try:
@@ -121,11 +118,13 @@ class LatentSpace(Data):
 class Latents(LatentSpace):
     """The latents of a cache, in model units; they are drawn anew from the VAE's posterior at each visit.
 
+    Args:
+        recipe: a TrainConfig.
     Raises:
         ValueError: the cache is damaged, unfinished or not what the recipe expects.
     """
 
-    def __init__(self, folder: Path, recipe: TrainConfig):
+    def __init__(self, folder: Path, recipe):
         import pyarrow as pa
 
         self.folder, self.recipe = folder, recipe
@@ -150,7 +149,7 @@ class Latents(LatentSpace):
         self.labels = torch.from_numpy(np.concatenate(labels))
         self.ends = list(itertools.accumulate(map(len, labels)))
 
-    def read(self, indices: list[int], flips: list[int]) -> Tensor:
+    def read(self, indices: list[int], flips: list[int]) -> torch.Tensor:
         """The moments of these images, (B, 2, C, H, W) float16; flip 1 is the mirror image."""
         out = np.empty((len(indices), 2, *self.shape), np.float16)
         for row, (index, flip) in enumerate(zip(indices, flips)):
@@ -158,7 +157,7 @@ class Latents(LatentSpace):
             out[row] = self.moments[shard][index - self.ends[shard], flip]  # counted from the shard's end
         return torch.from_numpy(out)
 
-    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[Tensor, dict]:
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[torch.Tensor, dict]:
         flips, noise = [], torch.empty(len(indices), *self.shape)
         for row, random in enumerate(generators):
             flips.append(int(self.recipe.flip and torch.rand((), generator=random) < 0.5))
@@ -181,7 +180,7 @@ class EncodedImages(LatentSpace):
     The x of a batch is (pixels, noise), from which `encode` makes latents in model units.
     """
 
-    def __init__(self, images: Data, recipe: TrainConfig):
+    def __init__(self, images: Data, recipe):
         if recipe.normalization == "channel":
             raise ValueError("normalization must be scale without a cache, which has the statistics, got channel")
         vae = load_vae(recipe.vae)
@@ -198,6 +197,6 @@ class EncodedImages(LatentSpace):
         noise = torch.stack([torch.randn(self.shape, generator=random) for random in generators])
         return (pixels, noise), cond if self.num_classes else {}
 
-    def encode(self, pixels: Tensor, noise: Tensor) -> Tensor:
+    def encode(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         mean, std = encode(self.vae.to(pixels.device), pixels)
         return self.normalize(mean + std * noise)

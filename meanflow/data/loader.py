@@ -11,11 +11,9 @@ from dataclasses import replace
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
-from meanflow.config import TrainConfig
 from meanflow.data.augment import augment
-from meanflow.data.base import Data
 from meanflow.noise import generator, noise
-from meanflow.objectives.base import Batch, Objective
+from meanflow.objectives.base import Batch
 
 
 class SlotBatches(Sampler):
@@ -28,7 +26,7 @@ class SlotBatches(Sampler):
         ValueError: the global batch does not divide, or the objective refuses such micro-batches.
     """
 
-    def __init__(self, recipe: TrainConfig, objective, num_samples: int, steps: range, rank=0, world_size=1):
+    def __init__(self, recipe, objective, num_samples: int, steps: range, rank=0, world_size=1):
         self.recipe, self.objective, self.num_samples = recipe, objective, num_samples
         self.steps, self.rank, self.world_size = steps, rank, world_size
         self.micro_batch, rest = divmod(recipe.global_batch, world_size * recipe.accumulation_steps)
@@ -56,7 +54,7 @@ class SlotBatches(Sampler):
 class SlotData(Dataset):
     """The Batch of a list of (sample index, slot)."""
 
-    def __init__(self, recipe: TrainConfig, objective: type[Objective], data: Data):
+    def __init__(self, recipe, objective, data):
         self.recipe, self.objective, self.data = recipe, objective, data
 
     def __getitems__(self, batch: list[tuple[int, int]]) -> Batch:
@@ -72,9 +70,11 @@ class SlotData(Dataset):
         return Batch(x, draws, cond)
 
 
-def make_loader(recipe: TrainConfig, objective: type[Objective], data: Data, steps: range, rank=0, world_size=1):
+def make_loader(recipe, objective, data, steps: range, rank=0, world_size=1) -> DataLoader:
     """The DataLoader of one process's micro-batches in these steps, each a Batch on the CPU.
 
+    Args:
+        recipe, objective, data: a TrainConfig, the class of an Objective, and a Data.
     Raises:
         ValueError: the global batch does not divide, or the objective refuses such micro-batches.
     """

@@ -5,15 +5,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from meanflow.config import TrainConfig
 from meanflow.data.base import Data, InMemory
 from meanflow.data.images import ImageFiles
 from meanflow.data.latents import EncodedImages, Latents, is_cache
 from meanflow.data.volumes import Volumes, has_volumes, shapes
 
 
-def load_data(recipe: TrainConfig) -> Data:
-    """The recipe's training data.
+def load_data(recipe) -> Data:
+    """The recipe's training data; recipe: a TrainConfig.
 
     Raises:
         ValueError: there are none, they are damaged, or they are not what the recipe expects; the message says what.
@@ -28,7 +27,7 @@ def load_data(recipe: TrainConfig) -> Data:
     return data
 
 
-def open_data(recipe: TrainConfig) -> Data:
+def open_data(recipe) -> Data:
     """Tries one kind of data after the other: built-in ones, a latent cache, volumes, images."""
     folder = Path(recipe.data).expanduser()
     are_volumes = recipe.resolution is None and has_volumes(folder)
@@ -80,7 +79,7 @@ def subset(images: InMemory, size: tuple[int, int]) -> InMemory:
     return InMemory(images.x[torch.cat(rows)], images.y[torch.cat(rows)], num_classes)
 
 
-def random_latents(recipe: TrainConfig) -> InMemory:
+def random_latents(recipe) -> InMemory:
     """A smoke test's data: 256 latents as Stable Diffusion's VAE shapes them, of 1,000 classes."""
     size, random = recipe.resolution // 8, torch.Generator().manual_seed(0)
     x, y = torch.randn(256, 4, size, size, generator=random), torch.randint(1000, (256,), generator=random)

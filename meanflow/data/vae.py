@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
 
 from meanflow.fetch import fetch
 from meanflow.files import errors_as, read_json
@@ -58,13 +57,13 @@ def vae_metadata(vae: AutoencoderKL, name: str) -> dict:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+def encode(vae: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the posterior, each (B, c, H / f, W / f), for pixels (B, C, H, W) in [-1, 1]."""
     posteriors = [vae.encode(part).latent_dist for part in pixels.split(batch_size)]
     return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor, batch_size: int = 8) -> Tensor:
+def decode(vae: AutoencoderKL, latents: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
     """Pixels, roughly in [-1, 1], for latents that are the VAE's own and not scaled."""
     return torch.cat([vae.decode(part).sample for part in latents.split(batch_size)])

@@ -165,7 +165,7 @@ class SharedPrimal(torch.overrides.TorchFunctionMode):
         args, kwargs, duals = self.unpack(args, kwargs)
         out = func(*map(primal, args), **(primal(kwargs) if kwargs else kwargs))
         outs = out if isinstance(out, (list, tuple)) else [out]
-        if all(x.d is None for x in duals) or not any(has_derivative(x) for x in outs):
+        if not transformed and (all(x.d is None for x in duals) or not any(has_derivative(x) for x in outs)):
             return out
         rule = rule_of(func, args, kwargs)
         if self.tangents is not None and (by_pytorch or rule is forward_mode):

@@ -11,7 +11,6 @@ from meanflow.config import FREE_ON_RESUME, flatten
 from meanflow.files import read_json
 from meanflow.pictures import middle_slices, save_grid
 from meanflow.publishing.checkpoints import INDEX, checkpoints, find_checkpoint, load_pipeline, saved_step
-from meanflow.publishing.pipeline import MeanFlowPipeline
 
 
 def export(source: Path, out: Path, ema=None, variants=(), license="other", datasets=(), trust_remote_code=False):
@@ -36,8 +35,9 @@ def export(source: Path, out: Path, ema=None, variants=(), license="other", data
     try:
         pipe = load_pipeline(source, ema, trust_remote_code=trust_remote_code)
         pipe.save_pretrained(temporary)
+        metrics = source.parent / "metrics.json"
         is_newest = ema is None and source in checkpoints(source.parent)[-1:]
-        measured = metrics_table(source.parent / "metrics.json") if is_newest else ""
+        measured = metrics_table(metrics) if is_newest and metrics.is_file() else ""
         (temporary / "README.md").write_text(model_card(source, pipe, license, datasets, measured))
         save_picture(source, pipe, temporary / "samples.png", is_first_average=ema is None)
         for variant in variants:
@@ -49,7 +49,7 @@ def export(source: Path, out: Path, ema=None, variants=(), license="other", data
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_picture(source: Path, pipe: MeanFlowPipeline, path: Path, is_first_average: bool) -> None:
+def save_picture(source: Path, pipe, path: Path, is_first_average: bool) -> None:
     """The picture that the run drew at this step, if it did; else one sample of each of up to ten classes."""
     drawn = source.parent / "samples" / f"step-{saved_step(source):08d}.png"
     if drawn.exists() and is_first_average and pipe.sampling.solver == "meanflow":
@@ -62,15 +62,15 @@ def save_picture(source: Path, pipe: MeanFlowPipeline, path: Path, is_first_aver
         save_grid(middle_slices(x) if x.ndim == 5 else 2 * x - 1, path, columns)
 
 
-def cast(pipe: MeanFlowPipeline, dtype: str | None) -> MeanFlowPipeline:
-    """The pipeline with its weights in bf16 or fp16."""
+def cast(pipe, dtype: str | None):
+    """The MeanFlowPipeline with its weights in bf16 or fp16; as it is if dtype is None."""
     for part in (pipe.net, pipe.vae):
         if part is not None and dtype is not None:
             torch.nn.Module.to(part, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])  # diffusers' own warns
     return pipe
 
 
-def model_card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tuple[str, ...], measured: str) -> str:
+def model_card(source: Path, pipe, license: str, datasets: tuple[str, ...], measured: str) -> str:
     """The model card. It names no place on this machine: the fields of the recipe that do are left out."""
     from huggingface_hub import ModelCardData
 
@@ -98,8 +98,6 @@ def model_card(source: Path, pipe: MeanFlowPipeline, license: str, datasets: tup
 
 def metrics_table(path: Path) -> str:
     """What was measured on the run, as a table: of {row: {metric: value}}."""
-    if not path.is_file():
-        return ""
     rows = read_json(path)
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [f"| | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * (len(names) + 1) + "|"]

@@ -24,19 +24,17 @@ def push(folder: Path, repo_id: str, private: bool = True, revision: str | None 
     Raises:
         ValueError: it could not be done.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    import huggingface_hub.errors
 
-    api = HfApi()
     for attempt in range(ATTEMPTS):
         try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
+            huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
             if revision:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
+                huggingface_hub.create_branch(repo_id, branch=revision, exist_ok=True)
             what = {"repo_id": repo_id, "folder_path": folder, "revision": revision}
-            return api.upload_folder(**what, delete_patterns=["net/*", "vae/*"]).commit_url
+            return huggingface_hub.upload_folder(**what, delete_patterns=["net/*", "vae/*"]).commit_url
         except Exception as error:  # of many kinds, by two packages
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            status = error.response.status_code if isinstance(error, huggingface_hub.errors.HfHubHTTPError) else None
             refused = status in (400, 401, 403, 404) or isinstance(error, ValueError)
             if refused or attempt == ATTEMPTS - 1:
                 raise ValueError(f"{repo_id} could not be pushed: {first_line(error)}") from None

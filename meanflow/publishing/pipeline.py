@@ -14,7 +14,6 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
 
 from meanflow.noise import noise
 from meanflow.sampler import SOLVERS, STEPS, average_velocity, cfg
@@ -52,7 +51,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         """Of one sample as the network sees it, (C, *S)."""
         return self.net.z_shape
 
-    def noise(self, seed: int, indices) -> Tensor:
+    def noise(self, seed: int, indices) -> torch.Tensor:
         """Noise to pass as latents; image k's depends only on (seed, k), and not on the batch that it is in."""
         return noise(seed, indices, self.shape)
 
@@ -80,14 +79,13 @@ class MeanFlowPipeline(DiffusionPipeline):
 
     def check_choice(self, solver: str, guidance_scale: float | None) -> None:
         """Raises a ValueError where a solver or a scale cannot mean what one hopes; it says what to do instead."""
-        sampling = self.sampling
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver}")
-        if solver == "meanflow" and sampling.solver != "meanflow":
+        if solver == "meanflow" and self.sampling.solver != "meanflow":
             raise ValueError("solver meanflow cannot sample a network of plain flow matching: use euler with 50 steps")
         if guidance_scale is None:
             return
-        trained, scale = sampling.guidance_scale, f"guidance_scale {guidance_scale:g}"
+        trained, scale = self.sampling.guidance_scale, f"guidance_scale {guidance_scale:g}"
         if not self.num_classes:
             raise ValueError(f"{scale} needs classes, and this network has none: leave it out")
         if trained is not None and abs(guidance_scale - trained) > 1e-3 * trained:
@@ -95,9 +93,9 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError(f"{fact}; {guidance_scale:g} cannot be had by sampling: leave it out, or train with it")
         if trained is not None or guidance_scale == 1:
             return
-        if sampling.null_class is None:
+        if self.sampling.null_class is None:
             raise ValueError(f"{scale} needs the null class, never trained here (class_dropout_prob 0): leave it out")
-        if solver == "meanflow" and sampling.null_class == "flow":
+        if solver == "meanflow" and self.sampling.null_class == "flow":
             fact = f"{scale} needs the null class at r < t, which was trained only at r = t (null_class flow)"
             raise ValueError(f"{fact}: leave it out, or use solver euler with 50 steps")
 
@@ -106,7 +104,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         parameters = list(inspect.signature(self.net.forward).parameters.values())[3:]  # without z, t and h
         return [p.name for p in parameters if p.name != "y" and (p.default is p.empty or not required)]
 
-    def conditions(self, class_labels, cond: dict | None, batch_size: int) -> dict[str, Tensor]:
+    def conditions(self, class_labels, cond: dict | None, batch_size: int) -> dict[str, torch.Tensor]:
         """What goes to the network by keyword, each (B, ...), on the pipeline's device.
 
         Args:
@@ -116,11 +114,10 @@ class MeanFlowPipeline(DiffusionPipeline):
             ValueError: the network takes no such condition, or one is missing or is not one value for each image.
         """
         device, known = self._execution_device, self.condition_names()
-        given = {name: torch.as_tensor(value, device=device) for name, value in (cond or {}).items()}
+        given = {name: torch.atleast_1d(torch.as_tensor(value, device=device)) for name, value in (cond or {}).items()}
         for name, value in given.items():
             if name not in known:
                 raise ValueError(f"cond {name} is not known to this network, which takes {', '.join(known) or 'none'}")
-            value = value.unsqueeze(0) if value.ndim == 0 else value
             if len(value) not in (1, batch_size):
                 raise ValueError(f"cond {name} must be 1 value, or {batch_size} for as many images, got {len(value)}")
             given[name] = value.expand(batch_size, *value.shape[1:])
@@ -140,7 +137,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         solver: str | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
+        latents: torch.Tensor | None = None,
         cond: dict | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -181,11 +178,11 @@ class MeanFlowPipeline(DiffusionPipeline):
 
         with self.progress_bar(total=num_inference_steps * {"heun": 2, "rk4": 4}.get(solver, 1)) as bar:
 
-            def net(z: Tensor, t: Tensor, h: Tensor, **cond: Tensor) -> Tensor:
+            def net(z: torch.Tensor, t: torch.Tensor, h: torch.Tensor, **cond: torch.Tensor) -> torch.Tensor:
                 bar.update()
                 return self.net(z.to(self.net.dtype), t, h, **cond)
 
-            def u_fn(z: Tensor, t: Tensor, r: Tensor, cond: dict = known) -> Tensor:
+            def u_fn(z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: dict = known) -> torch.Tensor:
                 return average_velocity(net, z, t, r, cond, self.sampling.prediction, self.sampling.t_min)
 
             guided = u_fn if scale == 1 else cfg(u_fn, known, self.num_classes, scale)
@@ -194,7 +191,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def to_images(self, z: Tensor, output_type: str):
+    def to_images(self, z: torch.Tensor, output_type: str):
         if output_type != "latent" and self.vae is not None:
             units = self.config.latents
             shift, scale = (torch.tensor(units[a], device=z.device).view(-1, 1, 1) for a in ("shift", "scale"))

@@ -4,14 +4,12 @@ import math
 
 import torch
 
-from meanflow.config import TrainConfig
-from meanflow.objectives.base import Objective
 
-
-def make_optimizer(objective: Objective, recipe: TrainConfig, make=None) -> torch.optim.Optimizer:
+def make_optimizer(objective, recipe, make=None) -> torch.optim.Optimizer:
     """The optimiser of everything in the objective that is trained.
 
     Args:
+        objective, recipe: an Objective and a TrainConfig.
         make: makes one of your own, from groups of parameters, each with its rate, and the recipe; default: Adam, and
             AdamW where the recipe has a weight_decay.
     Raises:
@@ -20,7 +18,8 @@ def make_optimizer(objective: Objective, recipe: TrainConfig, make=None) -> torc
     groups = objective.parameter_groups(recipe.lr)
     if recipe.weight_decay:
         groups = split_by_decay(objective, groups, recipe.weight_decay)
-    optimizer = (make or adam)(groups, recipe)
+    kind = torch.optim.AdamW if recipe.weight_decay else torch.optim.Adam
+    optimizer = make(groups, recipe) if make else kind(groups, recipe.lr, recipe.betas, fused=True)
     # Optimisers that can read `found_inf`, and then skip the step on the device, say so by this attribute of torch's.
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         name = type(optimizer).__name__
@@ -30,12 +29,7 @@ def make_optimizer(objective: Objective, recipe: TrainConfig, make=None) -> torc
     return optimizer
 
 
-def adam(groups: list[dict], recipe: TrainConfig) -> torch.optim.Optimizer:
-    kind = torch.optim.AdamW if recipe.weight_decay else torch.optim.Adam
-    return kind(groups, recipe.lr, recipe.betas, fused=True)
-
-
-def split_by_decay(objective: Objective, groups: list[dict], weight_decay: float) -> list[dict]:
+def split_by_decay(objective, groups: list[dict], weight_decay: float) -> list[dict]:
     """Each group once with the weight decay, and once without, for its norms, biases and embeddings."""
     embeddings = {id(p) for m in objective.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     split = []
@@ -47,13 +41,13 @@ def split_by_decay(objective: Objective, groups: list[dict], weight_decay: float
     return [group for group in split if group["params"]]
 
 
-def set_rates(optimizer: torch.optim.Optimizer, recipe: TrainConfig, step: int, total: int) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, recipe, step: int, total: int) -> None:
     """Gives every group the rate of optimiser step `step`: its own rate, scaled by the schedule."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step, total, group["initial_lr"])
 
 
-def learning_rate(recipe: TrainConfig, step: int, total: int, lr: float | None = None) -> float:
+def learning_rate(recipe, step: int, total: int, lr: float | None = None) -> float:
     """The rate of optimiser step `step`, counted from 0: a linear warm-up to lr, then the schedule, which ends at 0.
 
     lr: of a group of parameters; default: the recipe's.

@@ -27,9 +27,8 @@ def render(plan: Plan) -> str:
         "batch": f"{G} = {division}",
         "length": f"{plan.total:,} steps = {plan.total * G / len(plan.data):,.6g} epochs",
         **plan.objective.describe(recipe.objective, G),
-        "memory": f"{gib(sum(memory.values()))} a process: {held}",
-        "disk": f"a checkpoint {size}, at most {at_once} at once; {gib(plan.free_disk)} free in {recipe.out}; it is "
-        "in memory, too, while it is written",
+        "memory": f"{gib(sum(memory.values()))} a process: {held}; on the host {size} while a checkpoint is written",
+        "disk": f"a checkpoint {size}, at most {at_once} at once; {gib(plan.free_disk)} free in {recipe.out}",
         "resumes": resumes,
     }
     return "\n".join(f"  {name:10}{value}" for name, value in lines.items())

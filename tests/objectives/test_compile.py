@@ -182,6 +182,23 @@ def test_a_branch_on_a_tensor_does_not_compile():
         objective(batch_at(objective.config, objective.net, 0))
 
 
+class Squared(torch.nn.Module):
+    """The derivative of x^3 / 3 by a transform, inside which only PyTorch can read tangents."""
+
+    def forward(self, x):
+        return torch.func.grad(lambda x: (x**3 / 3).sum())(x)
+
+
+def test_a_transform_is_refused_in_a_region():
+    """Else its tangent would be 0 without an error."""
+    net = small_dit()
+    net.blocks[0].mlp.act = Squared()
+    objective = MeanFlow(net, MeanFlowConfig(meanflow_ratio=1.0))
+    compile_objective(objective, backend="eager")
+    with pytest.raises(TorchDynamoException):
+        objective(batch_at(objective.config, net, 0))
+
+
 def test_an_operation_without_a_rule_is_refused_in_a_region():
     """Not computed without its tangent: outside of regions PyTorch's forward mode takes it."""
     net = small_dit()
