@@ -18,16 +18,25 @@ PAGES = [
     ("tools/push_to_hub.py", "Options", "--", "tools/push_to_hub.py"),
     ("tools/digits_report.py", "Options", "--", "tools/digits_report.py"),
     ("tools/benchmark.py", "Step", "--", "tools/benchmark.py step"),
-    ("tools/benchmark.py", "Data", "--", "tools/benchmark.py data"),
+    ("tools/benchmark.py", "Scale", "--", "tools/benchmark.py scale"),
     ("tools/benchmark.py", "Sample", "--", "tools/benchmark.py sample"),
+    ("tools/benchmark.py", "Loader", "--", "tools/benchmark.py loader"),
+    ("tools/benchmark.py", "Data", "--", "tools/benchmark.py data"),
 ]
 
 
 def options(source: str, name: str) -> list[tuple[str, str, str, str]]:
-    """(field, type, default, help) of each field of a dataclass; its help is the comment above or the string below."""
+    """(field, type, default, help) of each field of a dataclass; its help is the comment above or the string below.
+
+    Fields of a base class in the same file come first, unless the class has them, too.
+    """
     lines = source.splitlines()
-    body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name).body
-    found = []
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    body, found = classes[name].body, []
+    for base in classes[name].bases:
+        own = {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+        if isinstance(base, ast.Name) and base.id in classes:
+            found += [option for option in options(source, base.id) if option[0] not in own]
     for node, after in zip(body, [*body[1:], None]):
         if not isinstance(node, ast.AnnAssign):
             continue
