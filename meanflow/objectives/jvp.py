@@ -42,7 +42,7 @@ def jvp(fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...])
         if p.shape != d.shape or p.dtype != d.dtype:
             raise ValueError(f"a primal is {tuple(p.shape)} {p.dtype}, its tangent {tuple(d.shape)} {d.dtype}")
     with torch.autograd.forward_ad.dual_level():
-        # torch.compile cannot make a view of an input dual: hence contiguous().
+        # Some releases of torch cannot compile views as dual inputs: hence contiguous().
         duals = [join(p.contiguous(), d.detach().contiguous()) for p, d in zip(primals, tangents)]
         with SharedPrimal(), eager():
             out = fn(*duals)

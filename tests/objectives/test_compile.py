@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from meanflow.config import MeanFlowConfig
 from meanflow.objectives.base import Batch
 from meanflow.objectives.draws import make_draws, order_slots
+from meanflow.objectives.jvp import jvp
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.compile import compile_objective
 
@@ -167,6 +168,22 @@ def test_guided_steps_are_never_compiled_again():
         acting.add(int(batch.draws.guided.acts.sum()))
         objective(batch, step)
     assert len(acting) > 5
+
+
+@pytest.mark.parametrize("view", [lambda x: x[:2], lambda x: x.t(), lambda x: x[:, ::2]], ids=["rows", "t", "strided"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_views_as_dual_inputs_compile(view, inside):
+    """Some releases of torch refuse them: made inside the graph, and given to it."""
+    x, d = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4)
+
+    def derivative(x, d):
+        return jvp(torch.sin, (view(x),), (view(d),)) if inside else jvp(torch.sin, (x,), (d,))
+
+    given = (x, d) if inside else (view(x), view(d))
+    u, du = torch.compile(derivative, fullgraph=True, backend="aot_eager")(*given)
+    torch.testing.assert_close(du, view(x).cos() * view(d))
+    u.sum().backward()
+    torch.testing.assert_close(view(x.grad), view(x.detach()).cos())
 
 
 class Branches(MeanFlow):
