@@ -26,13 +26,15 @@ def count(plan: Plan) -> tuple[int, int, int]:
         return x
 
     precision = torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed_precision == "bf16")
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+    without_computing = FakeTensorMode(allow_non_fake_inputs=True)
+    with without_computing:
         net = type(plan.net).from_config(plan.net.config)
         net.register_forward_hook(lambda *_: forwards.append(1))
         if recipe.activation_checkpointing:
             net.enable_gradient_checkpointing()
         objective = plan.objective(net, recipe.objective).train()
-        objective.prepare(plan.data)
+    objective.prepare(plan.data)  # it looks at values
+    with without_computing, FlopCounterMode(display=False) as counter:
         with precision, saved_tensors_hooks(keep, lambda x: x):
             loss = objective(batch._replace(x=torch.zeros(len(slots), *plan.data.shape)), 0).loss
         weights = {p.untyped_storage()._cdata for p in net.parameters()}

@@ -57,6 +57,13 @@ def test_hours_and_traffic_are_arithmetic():
     assert f"DDP {weights / 2**20:.1f} MiB, FSDP2 {(weights / 2 * 5 + weights) / 2 / 2**20:.1f} MiB" in text
 
 
+def test_weights_that_are_read_from_the_data_do_not_hinder():
+    """Volumes, whose channels are weighted by their variances."""
+    config = MeanFlowConfig(prediction="x", channel_weights="inverse-variance", class_dropout_prob=0.0)
+    plan = make_plan(replace(RECIPE, data="shapes", objective=config))
+    assert count(plan)[2] == 2 and "H100-hours" in render(plan)
+
+
 def test_a_plan_is_for_a_dry_run():
     with pytest.raises(ValueError, match="plan must be given with dry_run"):
         replace(RECIPE, dry_run=False)
