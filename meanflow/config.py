@@ -267,9 +267,7 @@ class TrainConfig:
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
         check_each(self, ("push_to_hub",), lambda x: re.fullmatch(HUB_ID, x), "a Hub id, user/name")
         exact = getattr(self.objective, "jvp", "exact") == "exact"
-        check(
-            exact or not self.tf32, "tf32", self.tf32, "off with objective.jvp finite-difference: it rounds them away"
-        )
+        check(exact or not self.tf32, "tf32", self.tf32, "off with objective.jvp finite-difference, for its precision")
         check(self.plan is None or self.dry_run, "plan", self.plan, "given with dry_run")
         check(self.plan is None or self.plan[1] >= 1, "plan", self.plan, "1 GPU or more")
         check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")

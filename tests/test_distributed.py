@@ -194,7 +194,7 @@ def test_compiling_is_refused_or_left_out_in_one_line(tmp_path, monkeypatch):
     assert "\nerror: compile: FSDP2's hooks" in text
     monkeypatch.setitem(ENVIRONMENT, "CXX", "no-such-compiler")
     text = finish(start(*ONE, *flags, str(tmp_path / "eager")))
-    assert "warning: not compiled" in text and (tmp_path / "eager/step-00000002").exists()
+    assert "warning: the step is not compiled" in text and (tmp_path / "eager/step-00000002").exists()
 
 
 def test_sigterm_saves_the_step_on_both_processes_and_leaves(tmp_path):

@@ -62,7 +62,7 @@ class Draws:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Draws":
         e, t, r, drop = map(fn, (self.e, self.t, self.r, self.drop))
-        return Draws(e, t, r, drop, self.guided and self.guided.map(fn))
+        return Draws(e, t, r, drop, self.guided and GuidedRows(*map(fn, self.guided)))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Draws":
         return self.map(lambda x: x.to(device, non_blocking=non_blocking))
@@ -155,7 +155,6 @@ def make_draws(config: MeanFlowConfig, shape: tuple, seed: int, slots: Sequence[
     return Draws(e, t, r, drop, guided_rows(config, t, drop) if config.guided else None)
 
 
-@cache
 def num_predictions(config: MeanFlowConfig, batch: int) -> int:
     """How many predictions guidance evaluates for `batch` rows: one size, so that a compiled step keeps its shapes.
 
@@ -175,11 +174,21 @@ def num_predictions(config: MeanFlowConfig, batch: int) -> int:
     dropped_interval, dropped_flow = dropped, dropped
     if config.null_class == "flow":
         dropped_interval, dropped_flow = 0.0, dropped / (1 - config.meanflow_ratio)
+    interval, flow = in_window * (1 - dropped_interval), in_window * (1 - dropped_flow)
+    return rarely_exceeded(k, 2 if config.kappa else 1, interval, batch - k, flow)
+
+
+@cache
+def rarely_exceeded(k: int, needs: int, interval: float, num_flow: int, flow: float) -> int:
+    """The number of predictions that at most 1 of 2,000 micro-batches exceeds, at least 1.
+
+    Args:
+        k, num_flow: rows with r != t, which need so many predictions if they are guided, and with r = t, which need 1.
+        interval, flow: the probability that such a row is guided.
+    """
     chances = torch.ones(1, dtype=torch.float64)  # of each number of predictions, from 0 on
-    for row in range(batch):
-        needs = 2 if row < k and config.kappa else 1
-        guided = in_window * (1 - (dropped_interval if row < k else dropped_flow))
-        chances = (1 - guided) * F.pad(chances, (0, needs)) + guided * F.pad(chances, (needs, 0))
+    for guided, count in [(interval, needs)] * k + [(flow, 1)] * num_flow:
+        chances = (1 - guided) * F.pad(chances, (0, count)) + guided * F.pad(chances, (count, 0))
     return max(1, int((1 - chances.cumsum(0) > 1 / 2000).sum()))
 
 

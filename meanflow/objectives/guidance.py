@@ -1,6 +1,5 @@
 """Classifier-free guidance that is trained in, arXiv:2505.13447 sec. 4.2, so that one step needs one evaluation."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,9 +28,6 @@ class GuidedRows(NamedTuple):
     null: Tensor  # which predictions are of the null class, (S,) bool
     u_null: Tensor  # the place of each row's u(z_t, t, t, null) among the predictions, (B,) int64; any, if not guided
     u_cond: Tensor  # the same of u(z_t, t, t, y)
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "GuidedRows":
-        return GuidedRows(*map(fn, self))
 
 
 def guidance_in_words(config: MeanFlowConfig) -> str:

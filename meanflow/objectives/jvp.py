@@ -209,10 +209,12 @@ class SharedPrimal(torch.overrides.TorchFunctionMode):
         args, _, duals = self.unpack(args, {})
         if all(x.d is None for x in duals):
             return func(fn, *map(primal, args), **options)
+        block, inputs = (fn, args) if func is checkpoint else (args[0], args[1:])
+        if not all(map(is_dual, inputs)) or (options and func is not checkpoint):
+            raise NotImplementedError(f"{type(block).__name__} must take only tensors, by position, to be compiled")
         tensors = [x.p for x in duals] + [x.d for x in duals]
         if func is checkpoint:
             return self.join(*checkpoint(with_tangents, fn, *tensors, **options))
-        block = args[0]
         return self.join(*block_with_tangents(block, *tensors))
 
 
@@ -337,19 +339,22 @@ def silu(func: Callable, out: Tensor, x: Dual, inplace: bool = False) -> Tensor:
     return aten.silu_backward(x.d, x.p)
 
 
-def layer_norm(func, out: Tensor, x: Dual, shape, weight: Dual | None = None, bias: Dual | None = None, eps=1e-5):
-    """The Jacobian of a normalisation is symmetric, so its backward kernel is its tangent, before the scale."""
-    _, mean, rstd = torch.native_layer_norm(x.p, shape, None, None, eps)
-    d, _, _ = aten.native_layer_norm_backward(x.d, x.p, shape, mean, rstd, None, None, [True, False, False])
+def layer_norm(func, out: Tensor, x: Dual, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+    """The Jacobian of a normalisation is symmetric, so its backward kernel is its tangent, before the scale.
+
+    torch.layer_norm has an argument more than F.layer_norm, which changes no number.
+    """
+    _, mean, rstd = torch.native_layer_norm(x.p, normalized_shape, None, None, eps)
+    d, _, _ = aten.native_layer_norm_backward(x.d, x.p, normalized_shape, mean, rstd, None, None, [True, False, False])
     return d if weight is None else d * weight.p
 
 
-def group_norm(func, out: Tensor, x: Dual, groups: int, weight: Dual | None = None, bias: Dual | None = None, eps=1e-5):
+def group_norm(func, out: Tensor, x: Dual, num_groups: int, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
     """As layer_norm."""
     p, d = (a.to(out.dtype).contiguous() for a in (x.p, x.d))  # autocast may have made it float32
     size = (*p.shape[:2], p[0, 0].numel())
-    _, mean, rstd = torch.native_group_norm(p, None, None, *size, groups, eps)
-    d, _, _ = aten.native_group_norm_backward(d, p, mean, rstd, None, *size, groups, [True, False, False])
+    _, mean, rstd = torch.native_group_norm(p, None, None, *size, num_groups, eps)
+    d, _, _ = aten.native_group_norm_backward(d, p, mean, rstd, None, *size, num_groups, [True, False, False])
     return d if weight is None else d * weight.p.view(-1, *[1] * (p.ndim - 2))
 
 

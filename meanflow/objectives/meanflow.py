@@ -115,7 +115,7 @@ class MeanFlow(Objective):
             u_flow: u(z_t, t, t, y) of the r = t rows, which are the last ones: the main forward's output.
         """
         config, null_class = self.config, self.net.config.num_classes
-        guided = draws.guided or guided_rows(config, t.cpu(), draws.drop.cpu()).map(lambda x: x.to(t.device))
+        guided = draws.guided or [x.to(t.device) for x in guided_rows(config, t.cpu(), draws.drop.cpu())]
         acts, rows, null, u_null, u_cond = guided
         y = torch.where(null, null_class, cond["y"][rows])
         # Guidance needs outputs without dropout, so a network with dropout is evaluated again.

@@ -41,7 +41,7 @@ def can_compile(accelerator) -> bool:
     try:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError) as error:
-        accelerator.print(f"warning: not compiled, for which --no-compile is the choice: {error}", file=sys.stderr)
+        accelerator.print(f"warning: the step is not compiled, --no-compile silences this: {error}", file=sys.stderr)
         return False
     accelerator.print("the first step is compiled, which takes minutes", file=sys.stderr)
     return True

@@ -15,8 +15,8 @@ MFU = 0.4  # the share of it that is assumed: well-made training reaches it, and
 DISK = 1e9  # bytes per second that are assumed
 
 
-def count(plan: Plan) -> tuple[int, int, int]:
-    """FLOPs of a micro-batch's step, bytes kept for its backward, and its forwards; counted without computing."""
+def count(plan: Plan) -> tuple[int, int, list[bool]]:
+    """FLOPs of a micro-batch's step, bytes kept for its backward, and whether each forward has a backward; counted."""
     recipe, saved, forwards = plan.recipe, {}, []
     slots = next(iter(SlotBatches(recipe, plan.objective, len(plan.data), range(1), 0, plan.num_processes)))
     batch = SlotData(recipe, plan.objective, plan.data).__getitems__(slots)
@@ -29,7 +29,7 @@ def count(plan: Plan) -> tuple[int, int, int]:
     without_computing = FakeTensorMode(allow_non_fake_inputs=True)
     with without_computing:
         net = type(plan.net).from_config(plan.net.config)
-        net.register_forward_hook(lambda *_: forwards.append(1))
+        net.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
         if recipe.activation_checkpointing:
             net.enable_gradient_checkpointing()
         objective = plan.objective(net, recipe.objective).train()
@@ -40,7 +40,7 @@ def count(plan: Plan) -> tuple[int, int, int]:
         weights = {p.untyped_storage()._cdata for p in net.parameters()}
         size = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
         loss.backward()
-    return counter.get_total_flops(), size, len(forwards)
+    return counter.get_total_flops(), size, forwards
 
 
 def render(plan: Plan) -> str:
@@ -52,9 +52,9 @@ def render(plan: Plan) -> str:
     hours = step * plan.total / (MFU * rate) / 3600
     whole, sharded = (sum(preflight.memory(recipe, plan.net, shards).values()) for shards in (1, n))
     # A ring sends (n - 1) / n of what it gathers or sums. Guidance's forward has no backward, which gathers again.
-    ring, backwards = (n - 1) / n, min(forwards, 2)
+    ring, num_gathers = (n - 1) / n, len(forwards) + sum(forwards)
     gathered = weights // 2 if recipe.mixed_precision == "bf16" else weights
-    sharded_traffic = ring * (gathered * (forwards + backwards) * recipe.accumulation_steps + weights)
+    sharded_traffic = ring * (gathered * num_gathers * recipe.accumulation_steps + weights)
     size = preflight.checkpoint_bytes(recipe, plan.net)
     lines = {
         "FLOPs": f"{flops / plan.micro_batch:.3e} a sample, {step:.3e} a step, {step * plan.total:.3e} in all",

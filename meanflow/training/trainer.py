@@ -264,7 +264,7 @@ def shard_blocks(module: torch.nn.Module, plugin, dtype: torch.dtype | None) -> 
     for block in module.modules():
         if type(block).__name__ in (module._no_split_modules or ()):
             fully_shard(block, mp_policy=policy, reshard_after_forward=plugin.reshard_after_forward)
-    plugin.transformer_cls_names_to_wrap = []
+    plugin.transformer_cls_names_to_wrap = []  # fully_shard has renamed the blocks' classes
 
 
 def prepare_sharding(accelerator: Accelerator) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ZOO, batch_of, small_dit
 from torch._dynamo import config as dynamo
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
@@ -197,6 +197,39 @@ def test_a_branch_on_a_tensor_does_not_compile():
     compile_objective(objective, backend="eager")
     with pytest.raises(TorchDynamoException):
         objective(batch_at(objective.config, objective.net, 0))
+
+
+class Scheduled(MeanFlow):
+    def forward(self, batch, step):
+        out = super().forward(batch, step)
+        return out._replace(loss=out.loss * (1 + step))
+
+
+def test_a_step_that_is_read_is_compiled_at_each_value_and_then_refused():
+    """As the documentation of --compile says: 8 graphs are allowed."""
+    objective = Scheduled(small_dit(depth=1), MeanFlowConfig(meanflow_ratio=0.0))
+    compile_objective(objective, backend="eager")
+    with dynamo.patch(error_on_recompile=False):
+        for step in range(8):
+            objective(batch_at(objective.config, objective.net, 0), step)
+        with pytest.raises(FailOnRecompileLimitHit):
+            objective(batch_at(objective.config, objective.net, 0), 8)
+
+
+def test_a_block_that_is_called_by_keyword_is_refused_in_a_region():
+    """Else what is given by keyword would be left out."""
+    net = small_dit()
+    forward = type(net.blocks[0]).forward
+
+    class ByKeyword(type(net.blocks[0])):
+        def __call__(self, x, c):
+            return forward(self, x, c=c)
+
+    net.blocks[0].__class__ = ByKeyword
+    objective = MeanFlow(net, MeanFlowConfig(meanflow_ratio=1.0))
+    compile_objective(objective, backend="eager")
+    with pytest.raises(TorchDynamoException, match="only tensors, by position"):
+        objective(batch_at(objective.config, net, 0))
 
 
 class Squared(torch.nn.Module):

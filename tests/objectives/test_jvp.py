@@ -136,6 +136,23 @@ def test_dropout_has_one_mask_for_output_and_derivative():
         assert torch.equal(tangent, 3 * out) and 300 < (out == 0).sum() < 700
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x, w, b: torch.layer_norm(x, (6,), w, b, 1e-5, False),
+        lambda x, w, b: torch.layer_norm(x, (6,), weight=w, bias=b, cudnn_enable=True),
+        lambda x, w, b: F.layer_norm(x, normalized_shape=(6,), weight=w, bias=b, eps=1e-3),
+        lambda x, w, b: torch.group_norm(x, 3, w, b, 1e-5, False),
+        lambda x, w, b: F.group_norm(x, num_groups=3, weight=w, eps=1e-3),
+    ],
+)
+def test_normalisations_of_one_name_and_two_signatures_have_the_same_rule(norm):
+    """torch's functions have an argument more than those of torch.nn.functional."""
+    x, v, w, b = (torch.randn(size, dtype=torch.float64) for size in ((4, 6), (4, 6), 6, 6))
+    expected = torch.func.jvp(lambda x: norm(x, w, b), (x,), (v,))[1]
+    torch.testing.assert_close(jvp(lambda x: norm(x, w, b), (x,), (v,))[1], expected, rtol=1e-9, atol=1e-10)
+
+
 def attend(q, k, v, MAX_SCORES, monkeypatch):
     monkeypatch.setattr("meanflow.objectives.jvp.MAX_SCORES", MAX_SCORES)
     return jvp(F.scaled_dot_product_attention, (q, k, v), (q.cos(), k.sin(), v.cos()))[1]

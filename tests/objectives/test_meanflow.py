@@ -265,6 +265,11 @@ def test_the_predictions_of_guidance_have_one_size(null_class):
     assert max(needed) <= size <= max(needed) + 10
 
 
+def test_guidance_takes_channel_weights_in_a_list():
+    """A config with a list in it has no hash, and the size is kept by what it depends on."""
+    assert num_predictions(MeanFlowConfig(kappa=0.5, channel_weights=[1.0, 2.0]), 8) == 10
+
+
 def test_more_predictions_than_expected_are_evaluated_all_the_same():
     """Here all rows are guided, which is as good as impossible when t is small half of the time."""
     config = MeanFlowConfig(meanflow_ratio=0.25, kappa=0.5, t_end=0.4)
