@@ -3,9 +3,11 @@
 GPUs are hidden, so that what is asserted of CPUs stays true on a machine that has one; `pytest --cuda` shows them.
 """
 
+import multiprocessing
 import os
 import runpy
 import subprocess
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +41,36 @@ def pytest_collection_modifyitems(config, items) -> None:
     others = [item for item in items if not item.get_closest_marker("cuda")]
     items[:], left_out = (needs_gpu, others) if config.getoption("--cuda") else (others, needs_gpu)
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_pyfunc_call(pyfuncitem) -> bool | None:
+    """Runs a test that is marked `apart` in a fork of this process.
+
+    A backward of fake tensors starts threads of autograd, after which the tests that fork could not train any more.
+    """
+    if pyfuncitem.get_closest_marker("apart") is None:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        try:
+            pyfuncitem.obj(**arguments)
+            sender.send(None)
+        except BaseException:
+            sender.send(traceback.format_exc())
+
+    child = context.Process(target=work)
+    child.start()
+    sender.close()
+    try:
+        failure = receiver.recv()
+    except EOFError:
+        failure = "the process ended without a word"
+    child.join()
+    assert failure is None, failure
+    return True
 
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core

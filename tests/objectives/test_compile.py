@@ -18,6 +18,7 @@ from meanflow.objectives.jvp import jvp
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.compile import compile_objective
 
+pytestmark = pytest.mark.apart
 GUIDED = MeanFlowConfig(omega=0.2, kappa=0.92, t_end=0.75)
 B = 8
 

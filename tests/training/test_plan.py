@@ -15,6 +15,7 @@ from meanflow.training.plan import count, render
 from meanflow.training.preflight import make_net, preflight
 from tools.benchmark import Way, count_bytes
 
+pytestmark = pytest.mark.apart
 RECIPE = TrainConfig(
     model="DiT-XS/4", objective=MeanFlowConfig(kappa=0.5), steps=1000, global_batch=64, mixed_precision="bf16",
     dry_run=True, plan=("h100", 2),
