@@ -15,8 +15,8 @@ HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 FREE_ON_RESUME = {
     *("out", "data", "vae", "verify", "resume", "dry_run", "workers", "track"),
     *("log_every", "sample_every", "checkpoint_every", "keep", "push_to_hub", "push_every"),
-    *("accumulation_steps", "activation_checkpointing", "compile", "plan"),
-    *("warn_at", "halt_at", "grace_steps", "max_skipped"),
+    *("accumulation_steps", "activation_checkpointing", "compile", "plan", "timeout"),
+    *("warn_at", "halt_at", "grace_steps", "max_skipped", "check_data", "allow_data_change"),
 }
 
 
@@ -33,10 +33,11 @@ def check_each(config: object, names: tuple[str, ...], ok, allowed: str) -> None
 
 
 def check_values(config: object) -> None:
-    """Checks that every float is finite and that every Literal has one of its values."""
+    """Checks that every float is finite, every text has letters, and every Literal has one of its values."""
     for f in fields(config):
         value = getattr(config, f.name)
         check(not isinstance(value, float) or math.isfinite(value), f.name, value, "finite")
+        check(value != "", f.name, "nothing", "left out or given a value")
         if get_origin(f.type) is Literal:
             choices = get_args(f.type)
             check(value in choices, f.name, value, f"one of {', '.join(choices)}")
@@ -241,8 +242,14 @@ class TrainConfig:
     track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     # processes that load data for each training process; 0: it loads between the steps
     workers: int = 0
-    # compare the checksums of a latent cache before the first step
+    # before the first step, compare the checksums of a latent cache, and read the header of every image and volume
     verify: bool = True
+    # before the first step, read every sample
+    check_data: bool = False
+    # go on with other data than the checkpoint's, such as after samples that cannot be read were repaired or removed
+    allow_data_change: bool = False
+    # minutes that a process waits for the others, such as for the first one to write a checkpoint
+    timeout: float = 30.0
     # print what the run would be, refuse what cannot work, and stop
     dry_run: bool = False
     # with --dry-run: what the run costs on so many of these GPUs, such as h100 64
@@ -254,14 +261,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_values(self)
         check(isinstance(self.out, Path), "out", repr(self.out), "a pathlib.Path")
+        object.__setattr__(self, "out", self.out.expanduser())
+        check(self.out.name not in ("", ".."), "out", self.out, "a folder with a name, such as runs/mine")
         check(self.steps is not None or self.epochs is not None, "steps", self.steps, "given, or epochs")
-        sizes = ("steps", "epochs", "lr", "max_grad_norm", "resolution", "scaling_factor", "push_every")
+        sizes = ("steps", "epochs", "lr", "max_grad_norm", "resolution", "scaling_factor", "push_every", "timeout")
         check_each(self, sizes, lambda x: x > 0, "> 0")
         counts = ("log_every", "sample_every", "checkpoint_every", "global_batch", "accumulation_steps")
         check_each(self, (*counts, "keep", "max_skipped"), lambda x: x >= 1, ">= 1")
         check_each(self, ("warn_at", "halt_at"), lambda x: x > 1, "> 1")
-        not_negative = ("warmup_steps", "seed", "workers", "grace_steps", "weight_decay")
+        not_negative = ("warmup_steps", "workers", "grace_steps", "weight_decay")
         check_each(self, not_negative, lambda x: x >= 0, ">= 0")
+        check_each(self, ("seed",), lambda x: 0 <= x < 2**32, "in [0, 2^32)")
         check_each(self, ("augment",), lambda x: 0 <= x <= 1, "in [0, 1]")
         check_each(self, ("betas", "ema_decay"), lambda xs: len(xs) > 0 and all(0 <= x < 1 for x in xs), "in [0, 1)")
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")

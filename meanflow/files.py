@@ -1,14 +1,34 @@
 """Files that are whole or not there, and errors in one line."""
 
 import hashlib
+import itertools
 import json
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
+class Refusal(ValueError):
+    """What is wrong with an input, in one line that names it."""
+
+
+def read_json(path: Path, **kinds: type) -> dict:
+    """The JSON object in a file.
+
+    Args:
+        kinds: names that it must have, each with the type of its value.
+    Raises:
+        Refusal: the file is missing, holds no JSON object, or lacks a name; the message names the file.
+    """
+    with errors_as(f"{path} is missing or damaged"):
+        fields = json.loads(path.read_text())
+        if not isinstance(fields, dict):
+            raise ValueError("it holds no JSON object")
+        for name, kind in kinds.items():
+            if type(fields.get(name)) is not kind:
+                raise ValueError(f"{name} must be of type {kind.__name__}, got {fields.get(name)!r:.80}")
+    return fields
 
 
 def write_json(path: Path, fields: dict) -> None:
@@ -16,11 +36,23 @@ def write_json(path: Path, fields: dict) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that a reader sees the old text or the new text, and never a part of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name with the same suffix. What is written there becomes the file when all of it is on the disk.
+
+    So a reader sees the old file or the new one, and a failure leaves the old one.
+    """
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
@@ -39,17 +71,45 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """The checksum of every file in a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in files}
+
+
+def fingerprint(files: list[Path]) -> str:
+    """A hash of the names and sizes of files, and of the contents of at most 16 of them, evenly spread."""
+    digest = hashlib.sha256()
+    for number, path in enumerate(files):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        if number % -(-len(files) // 16) == 0:
+            digest.update(checksum(path).encode())
+    return digest.hexdigest()
+
+
+def unused(path: Path) -> Path:
+    """The path, or if it is taken the first of path-2, path-3, ... that is not."""
+    names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
+    return next(free for free in map(path.with_name, names) if not free.exists())
+
+
 def first_line(error: Exception) -> str:
     """What an error says, for a message of one line."""
     words = repr(error) if isinstance(error, KeyError) else str(error).strip() or repr(error)
-    return words.splitlines()[0]
+    first, *others = words.splitlines()
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 @contextmanager
-def errors_as(words: str, kind: type[ValueError] = ValueError):
-    """Turns any error inside, whatever package raises it, into one of `kind`: the words, then its message."""
+def errors_as(words: str, kind: type[Refusal] = Refusal) -> Iterator[None]:
+    """Turns any error inside, whatever package raises it, into one of `kind`: the words, then its message.
+
+    A Refusal inside stands for itself.
+    """
     try:
         yield
+    except Refusal:
+        raise
     except Exception as error:
         cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
         raise kind(f"{words}: {first_line(error)}{cause}") from None

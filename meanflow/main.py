@@ -5,11 +5,13 @@ import os
 import sys
 from dataclasses import replace
 
-from meanflow.config import TrainConfig
+from meanflow.config import TrainConfig, check
+from meanflow.files import Refusal
+from meanflow.program import end_with_launcher, environment_number, refusals
 
 
 def run(recipe: TrainConfig, objective: type | None = None, net: type | None = None, data=None, optimizer=None) -> None:
-    """Trains a recipe. Every field is a flag; bad input ends the program with one line and code 1.
+    """Trains a recipe. Every field is a flag; bad input ends the program with one line and code 2.
 
     Args:
         recipe: values only; its objective is the dataclass of the objective's options.
@@ -22,23 +24,14 @@ def run(recipe: TrainConfig, objective: type | None = None, net: type | None = N
     Raises:
         SystemExit: the run cannot begin, or something ended it; training/guard.py has the codes.
     """
-    import tyro
+    end_with_launcher()
+    with refusals():
+        recipe = read_flags(recipe)
+        if net is not None:
+            recipe = replace(recipe, model=net.__name__)
+        from meanflow.training.preflight import Parts
 
-    written = recipe
-    recipe = tyro.cli(type(recipe), default=recipe, description=sys.modules["__main__"].__doc__)
-    if recipe.epochs != written.epochs and recipe.steps == written.steps:
-        recipe = replace(recipe, steps=None)  # a flag takes precedence over what is written
-    if recipe.smoke and recipe.dry_run:
-        sys.exit("error: smoke runs have no dry run: leave out one of --smoke and --dry-run")
-    if recipe.smoke:
-        recipe = smoke_test(recipe)
-        os.environ["HF_HUB_OFFLINE"] = "1"  # a test of this machine, not of the network
-    if net is not None:
-        recipe = replace(recipe, model=net.__name__)
-    from meanflow.training.preflight import Parts
-
-    own = Parts(objective, net, data, optimizer)
-    try:
+        own = Parts(objective, net, data, optimizer)
         if recipe.dry_run:
             from meanflow.training.screen import dry_run
 
@@ -46,19 +39,35 @@ def run(recipe: TrainConfig, objective: type | None = None, net: type | None = N
         from meanflow.training.trainer import Trainer
 
         trainer = Trainer(recipe, own)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
-    from meanflow.data.base import UnreadableSample
 
     try:
         trainer.train()
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         reason = " ".join(str(error).split("\n")[:2])
         sys.exit(f"error: compile: {reason}: leave it out, --no-compile")
-    except UnreadableSample as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")  # a loading process puts a traceback before it
+    except Refusal as error:
+        sys.exit(f"error: {error}")
+
+
+def read_flags(recipe: TrainConfig) -> TrainConfig:
+    """The recipe with the fields that the command line gives.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+    import tyro
+
+    about = {"description": sys.modules["__main__"].__doc__, "console_outputs": environment_number("RANK", 0) == 0}
+    given = tyro.cli(type(recipe), default=recipe, **about)
+    check("--epochs" not in sys.argv or given.epochs, "epochs", given.epochs, "> 0")
+    if given.epochs != recipe.epochs and given.steps == recipe.steps:
+        given = replace(given, steps=None)  # a flag takes precedence over what is written
+    if not given.smoke:
+        return given
+    check(not given.dry_run, "dry_run", True, "left out, or smoke: a smoke run has no dry run")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a test of this machine, not of the network
+    return smoke_test(given)
 
 
 def smoke_test(recipe: TrainConfig) -> TrainConfig:
@@ -66,7 +75,7 @@ def smoke_test(recipe: TrainConfig) -> TrainConfig:
     data, flip, out = recipe.data, recipe.flip, recipe.out.with_name(f"{recipe.out.name}-smoke")
     if recipe.vae is None:
         data, flip = "digits" if data == "digits" or recipe.resolution else "shapes", False
-    parts = int(os.environ.get("WORLD_SIZE", 1)) * recipe.accumulation_steps
+    parts = environment_number("WORLD_SIZE", 1) * recipe.accumulation_steps
     batch = 4 * parts * math.ceil(4 / parts)
     every = {"log_every": 1, "sample_every": 4, "checkpoint_every": 2}
     return replace(recipe, data=data, flip=flip, out=out, steps=4, global_batch=batch, compile=False, **every)

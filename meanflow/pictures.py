@@ -1,9 +1,12 @@
 """Pictures of a run: sample grids and loss curves."""
 
+import os
 from pathlib import Path
 
 import torch
 from torchvision.utils import make_grid, save_image
+
+from meanflow.files import replacing
 
 
 def save_grid(x: torch.Tensor, path: Path, columns: int) -> None:
@@ -12,7 +15,8 @@ def save_grid(x: torch.Tensor, path: Path, columns: int) -> None:
     enlarge = -(-32 // min(x.shape[2:]))
     x = x.repeat_interleave(enlarge, dim=-1).repeat_interleave(enlarge, dim=-2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(make_grid(x / 2 + 0.5, nrow=columns, pad_value=0.5), path)
+    with replacing(path) as temporary:
+        save_image(make_grid(x / 2 + 0.5, nrow=columns, pad_value=0.5), temporary)
 
 
 def middle_slices(x: torch.Tensor) -> torch.Tensor:
@@ -28,6 +32,7 @@ def middle_slices(x: torch.Tensor) -> torch.Tensor:
 
 def save_curves(log: list[dict], path: Path) -> None:
     """Draws the raw losses of log.jsonl over the steps, logarithmically; the loss, if there are no raw losses."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
     from matplotlib import ticker
     from matplotlib.figure import Figure
 
@@ -47,4 +52,5 @@ def save_curves(log: list[dict], path: Path) -> None:
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.legend()
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120, backend="agg")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)

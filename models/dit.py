@@ -125,6 +125,9 @@ class DiT(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        sizes = (*size, patch_size, in_channels, hidden_size, num_heads, mlp_ratio)
+        if min(sizes) <= 0:
+            raise ValueError(f"input_size, patch_size, in_channels, ..., mlp_ratio must be > 0, got {sizes}")
         if any(side % patch_size for side in size):
             raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
         if hidden_size % num_heads or hidden_size % 4:

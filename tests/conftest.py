@@ -242,7 +242,8 @@ def tool(monkeypatch, capfd) -> Callable[..., str]:
             runpy.run_path(str(path), run_name="__main__")
         except SystemExit as end:
             shown = capfd.readouterr()
-            return str(end.code) if isinstance(end.code, str) else shown.out + shown.err
+            errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+            return str(end.code) if isinstance(end.code, str) else errors[-1] if errors else shown.out + shown.err
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         return "".join(capfd.readouterr())

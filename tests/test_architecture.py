@@ -8,7 +8,7 @@ import pytest
 import meanflow
 
 ROOT = Path(__file__).parents[1]
-LEAVES = ("noise", "sampler", "files", "pictures", "fetch")
+LEAVES = ("noise", "sampler", "files", "pictures", "fetch", "program")
 # A part may import what stands before it, and its own files.
 ORDER = (("config",), LEAVES, ("objectives",), ("data",), ("publishing",), ("evaluation",), ("training",), ("main",))
 FLOORS = {part: floor for floor, parts in enumerate(ORDER) for part in parts}

@@ -179,5 +179,5 @@ def test_too_little_disk_is_refused(options, monkeypatch):
 def test_the_program_ends_with_one_line_and_an_error_code(tmp_path):
     command = ["tools/cache_latents.py", "./nowhere", "--vae", "./nowhere", "--out", str(tmp_path / "out")]
     shown = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 1 and "error: ./nowhere: no such file or folder" in shown.stderr
+    assert shown.returncode == 2 and "error: ./nowhere: no such file or folder" in shown.stderr
     assert "Traceback" not in shown.stderr and not (tmp_path / "out").exists()

@@ -197,7 +197,7 @@ def test_full_size_ditb4_takes_three_steps_here_within_memory(tmp_path):
 def test_a_recipe_without_its_data_says_how_to_make_them(tool, tmp_path):
     """Before anything is written."""
     shown = tool("recipes/imagenet_ditxl", "--data", "./nowhere", "--out", tmp_path / "run")
-    assert shown.startswith("error: ./nowhere: no such folder: name it with --data")
+    assert shown.startswith("error: ./nowhere: no such file or folder") and "name it with --data" in shown
     assert not (tmp_path / "run").exists()
 
 

@@ -20,10 +20,11 @@ from accelerate.state import AcceleratorState
 from conftest import perturbed, small_disk
 from safetensors.torch import load_file
 
+from meanflow import files
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.publishing.checkpoints import checkpoints, load_network, verify_checkpoint
 from meanflow.training import checkpoint, trainer
-from meanflow.training.guard import DIVERGED, STOPPED
+from meanflow.training.guard import DIVERGED, FAILED, STOPPED
 from meanflow.training.log import read_log
 from meanflow.training.trainer import Trainer
 from models import MODELS
@@ -139,7 +140,7 @@ KILLS = {
     "amid the average": half_written(safetensors.torch, 3),
     "before the optimiser": kill_at(checkpoint, "save_file", 1),
     "amid the optimiser": half_written(checkpoint, 1),
-    "amid checksums": kill_at(checkpoint, "checksum", 12),
+    "amid checksums": kill_at(files, "checksum", 12),
     "before a sync": kill_at(checkpoint, "sync", 18),
     "before the rename": kill_at(Path, "rename", 1),
     "after the rename": kill_at(Path, "rename", 1, after=True),
@@ -263,7 +264,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(recipe, monkeypatch):
     straight = replace(recipe, out=recipe.out.with_name("straight"))
     train(straight)
     AcceleratorState._reset_state(reset_partial_state=True)
-    later, real_checksum, real_step = threading.Event(), checkpoint.checksum, Trainer.after_step
+    later, real_checksum, real_step = threading.Event(), files.checksum, Trainer.after_step
 
     def checksum(path):
         assert later.wait(timeout=60), "training waits for the checkpoint"
@@ -275,7 +276,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(recipe, monkeypatch):
             later.set()
         return stop
 
-    monkeypatch.setattr(checkpoint, "checksum", checksum)
+    monkeypatch.setattr(files, "checksum", checksum)
     monkeypatch.setattr(Trainer, "after_step", after_step)
     train(replace(recipe, keep=9))
     assert_same(everything(straight.out), everything(recipe.out))
@@ -290,9 +291,10 @@ def test_full_disk_while_saving_is_said_and_the_run_goes_on(recipe, capfd):
         real = shutil.disk_usage
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("shutil.disk_usage", lambda path: real("/"))  # the preflight would refuse it
-            with pytest.raises(SystemExit, match="the last step could not be saved: make room"):
+            with pytest.raises(SystemExit, match=str(FAILED)):
                 train(replace(recipe, steps=12))
         shown = capfd.readouterr().err
+        assert "the last step could not be saved: make room" in shown
         assert "step-00000008 could not be saved, the older checkpoints stay: " in shown and "No space left" in shown
         assert [path.name for path in checkpoints(recipe.out)] == ["step-00000004"]
         verify_checkpoint(recipe.out / "step-00000004")
@@ -332,15 +334,19 @@ def plant(value: float, first: int, last: int) -> Callable[[], None]:
 
 
 def test_step_whose_gradient_is_not_finite_is_skipped(recipe, capfd):
-    """Weights and Adam's state stay; the run goes on."""
+    """Weights and Adam's state stay, and it is saved only where it is the last one; the run goes on."""
     short = replace(recipe, steps=4, checkpoint_every=1, keep=9, log_every=1)
     assert in_child(short, plant(float("nan"), 2, 2)) == 0
-    folders = [short.out / f"step-{n:08d}" for n in (2, 3, 4)]
+    assert [int(path.name[5:]) for path in checkpoints(short.out)] == [1, 2, 4]
+    assert "step 3 is not saved, since it was skipped" in capfd.readouterr().err
+    ended = replace(short, out=recipe.out.with_name("ended"), steps=3, schedule="constant")
+    assert in_child(ended, plant(float("nan"), 2, 2)) == 0
+    folders = [ended.out / f"step-{n:08d}" for n in (1, 2, 3)]
     states = [load_file(folder / "optimizer.safetensors") for folder in folders]
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name])
-        assert not name.endswith(".step") or not torch.equal(value, states[2][name])
-    before, after = (load_file(folder / "model/diffusion_pytorch_model.safetensors") for folder in folders[:2])
+    for name, value in states[1].items():
+        assert torch.equal(value, states[2][name])
+        assert not name.endswith(".step") or not torch.equal(value, states[0][name])
+    before, after = (load_file(folder / "model/diffusion_pytorch_model.safetensors") for folder in folders[1:])
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "a gradient was not finite: step skipped, 1 in a row, 1 in all" in capfd.readouterr().err
     assert json.loads((short.out / "step-00000004/step.json").read_text())["skipped_steps"] == 1
@@ -350,8 +356,8 @@ def test_gradients_that_stay_not_finite_halt_the_run_with_the_last_good_checkpoi
     run = replace(recipe, max_skipped=3)
     assert in_child(run, plant(float("nan"), 6, 99)) == DIVERGED
     assert "3 steps in a row had gradients that are not finite: lower --lr" in capfd.readouterr().err
-    assert [path.name for path in checkpoints(run.out)] == ["step-00000004", "step-00000008"]
-    net = load_network(run.out / "step-00000008")
+    assert [path.name for path in checkpoints(run.out)] == ["step-00000004"]  # step 8 was skipped
+    net = load_network(run.out / "step-00000004")
     assert all(p.isfinite().all() for p in net.parameters())
 
 

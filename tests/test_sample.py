@@ -126,7 +126,7 @@ def broken(digits_run, tmp_path) -> Path:
         (".", [], "is no run with a checkpoint, no checkpoint and no exported folder"),
         ("damaged", [], "ema/0.9/diffusion_pytorch_model.safetensors is missing or damaged"),
         ("half", [], "ema/0.9/diffusion_pytorch_model.safetensors is missing or damaged"),
-        ("cut", [], "cut cannot be loaded: "),
+        ("cut", [], "cut/net/diffusion_pytorch_model.safetensors is damaged: export or download it again"),
         ("empty", [], "empty cannot be loaded: KeyError\\('net'\\)"),
         ("run", ["--classes", "cat"], "no class 'cat'"),
         ("run", ["--classes", "10"], "class must be in .0, 10., got 10"),

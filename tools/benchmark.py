@@ -12,8 +12,8 @@ FLOPs, bytes and operations are exact counts, time is the median of interleaved 
 """
 
 import json
+import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +22,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tyro
+
+from meanflow.program import refusals
+
+
+def check_sizes(options) -> None:
+    """Refuses numbers that are not above 0; workers and ratio may be 0."""
+    for name, value in vars(options).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        least = 0 if name in ("workers", "ratio") else 1
+        if any(
+            isinstance(number, (int, float)) and not isinstance(number, bool) and number < least for number in numbers
+        ):
+            raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,11 @@ class Network:
     """interleaved repeats, of which the median is taken"""
     json: Path | None = None
     """also write the numbers here"""
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
+        if not re.fullmatch("cpu|cuda(:[0-9]+)?", self.device):
+            raise ValueError(f"device must be cpu, cuda or cuda:NUMBER, got {self.device}")
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,9 @@ class Data:
     """where to write; default: the system's temporary folder"""
     json: Path | None = None
     """also write the numbers here"""
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
 
 
 @dataclass(frozen=True)
@@ -500,7 +521,5 @@ def main(options: Network | Data) -> None:
 
 if __name__ == "__main__":
     names = {"step": Step, "scale": Scale, "sample": Sample, "loader": Loader, "data": Data}
-    try:
+    with refusals():
         main(tyro.extras.subcommand_cli_from_dict(names, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

@@ -11,7 +11,6 @@ kept in float16 (ImageNet at 256: 42 GB). The same command goes on after a kill,
 
 import json
 import math
-import os
 import shutil
 import sys
 import uuid
@@ -23,7 +22,8 @@ from typing import TYPE_CHECKING
 import tyro
 
 import meanflow
-from meanflow.files import checksum, sync, write_whole
+from meanflow.files import checksum, read_json, sync, write_json, write_whole
+from meanflow.program import end_with_launcher, environment_number, refusals
 
 if TYPE_CHECKING:  # numpy, torch and datasets are imported where they are needed, so that --help is quick
     import numpy as np
@@ -122,7 +122,7 @@ def write_shard(folder: Path, number: int, moments: "np.ndarray", labels: "np.nd
 def is_finished(folder: Path, number: int) -> bool:
     """Whether a shard is on the disk, by its note."""
     try:
-        note = json.loads(note_path(folder, number).read_text())
+        note = read_json(note_path(folder, number), file=str, bytes=int)
         return (folder / note["file"]).stat().st_size == note["bytes"]
     except (OSError, ValueError):
         return False
@@ -142,12 +142,14 @@ def claim_cache(folder: Path, settings: dict) -> bool:
         if folder.exists() and any(entry.name != ".progress" for entry in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no cache: choose another --out")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(settings, indent=2) + "\n")
-    old = read_metadata(folder) if finished else json.loads(path.read_text())
-    names = [name for name in settings if old.get(name) != settings[name]]
+        write_json(path, settings)
+    old = read_metadata(folder) if finished else read_json(path)
+    # Caches of version 0.1 have no fingerprint.
+    names = [name for name in settings if old.get(name) != settings[name] and (name in old or name != "fingerprint")]
     if names:
         diff = ", ".join(f"{name} {old.get(name)} there, {settings[name]} here" for name in names)
-        raise ValueError(f"{folder} is a cache of something else ({diff}): choose another --out")
+        source = LATENTS if finished else path.name
+        raise ValueError(f"{folder} is a cache of something else (by {source} {diff}): choose another --out")
     if finished:
         shutil.rmtree(path.parent, ignore_errors=True)
     for stale in path.parent.glob("*.tmp"):
@@ -170,8 +172,8 @@ def finish(folder: Path, num_shards: int) -> dict:
 
     from meanflow.data.latents import LATENTS, verify_shards
 
-    settings = json.loads((folder / ".progress" / "settings.json").read_text())
-    notes = [json.loads(note_path(folder, number).read_text()) for number in range(num_shards)]
+    settings = read_json(folder / ".progress" / "settings.json", shape=list, classes=list)
+    notes = [read_json(note_path(folder, number), count=int) for number in range(num_shards)]
     count = sum(note["count"] for note in notes)
     if not count:
         raise ValueError(f"{folder}: not one image could be read")
@@ -363,9 +365,9 @@ def main(options: Options) -> None:
         return verify_again(options.out)
     if options.images.startswith("random:"):
         count = options.images.removeprefix("random:")
-        if not count.isdigit() or int(count) < 1:
+        if not count.isdecimal() or int(count) < 1:
             raise ValueError(f"random:COUNT must have a COUNT >= 1, got {options.images}")
-        if int(os.environ.get("RANK", 0)):
+        if environment_number("RANK", 0):
             return
         write_random(options.out, int(count), options.vae, 0.18215, options.resolution)
         return print(f"{options.out}: {int(count):,} random latents")
@@ -373,7 +375,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    end_with_launcher()
+    with refusals():
         main(tyro.cli(Options, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

@@ -6,11 +6,13 @@
 Prints a table and writes metrics.json and samples.png into the run.
 """
 
-import sys
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from meanflow.program import refusals
 
 
 @dataclass(frozen=True)
@@ -29,24 +31,26 @@ def read_recipe(options: Options) -> dict:
     """
     from meanflow.config import FREE_ON_RESUME, different
     from meanflow.files import read_json
-    from meanflow.publishing.checkpoints import checkpoints
+    from meanflow.publishing.checkpoints import JSON, checkpoints, verify_checkpoint
 
     recipes = []
     for folder in filter(None, (options.run, options.flow)):
         if not checkpoints(folder):
             raise FileNotFoundError(f"{folder} has no checkpoint: train it first")
-        recipes.append(read_json(checkpoints(folder)[-1] / "recipe.json"))
-        if checkpoints(folder)[-1].name != f"step-{recipes[-1]['steps']:08d}":
-            raise ValueError(
-                f"{folder} is at {checkpoints(folder)[-1].name} of {recipes[-1]['steps']}: finish it first"
-            )
+        newest = checkpoints(folder)[-1]
+        verify_checkpoint(newest, JSON)
+        recipe, metadata = (read_json(newest / f"{name}.json") for name in ("recipe", "data"))
+        recipes.append(recipe)
+        if recipe["data"] != "digits" or recipe["subset"] or not metadata["classes"]:
+            settings = f"data {recipe['data']}, subset {recipe['subset']}, {len(metadata['classes'])} classes"
+            raise ValueError(f"{folder} must be a run on all digits and their classes, got {settings}")
+        total = recipe["steps"] or math.ceil(recipe["epochs"] * metadata["count"] / recipe["global_batch"])
+        if newest.name != f"step-{total:08d}":
+            raise ValueError(f"{folder} is at {newest.name} of {total}: finish it first")
     diff = different(recipes[0], recipes[-1], FREE_ON_RESUME | {"objective.meanflow_ratio"})
     if diff:
         names = ", ".join(name for name, _, _ in diff)
         raise ValueError(f"{options.flow} is no twin of {options.run}: they differ in {names}")
-
-    if recipes[0]["data"] != "digits":
-        raise ValueError(f"{options.run} was trained on {recipes[0]['data']}, not on digits")
     return recipes[0]
 
 
@@ -111,7 +115,5 @@ def report(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with refusals():
         report(tyro.cli(Options, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")

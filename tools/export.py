@@ -7,12 +7,13 @@ Anybody who has diffusers and timm, without this project, then writes
 DiffusionPipeline.from_pretrained("models/digits", trust_remote_code=True).
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
+
+from meanflow.program import refusals
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    options = tyro.cli(Options, description=__doc__)
-    try:
-        main(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with refusals():
+        main(tyro.cli(Options, description=__doc__))

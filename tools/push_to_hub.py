@@ -6,11 +6,12 @@
 The token is that of `hf auth login`, or HF_TOKEN.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from meanflow.program import refusals
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    options = tyro.cli(Options, description=__doc__)
-    try:
-        main(options)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    with refusals():
+        main(tyro.cli(Options, description=__doc__))

@@ -9,6 +9,7 @@ One step by default. Image k depends only on --seed and k, up to rounding, and n
 processes. What --cfg-scale can mean depends on how the network was trained; the tool says so.
 """
 
+import math
 import os
 import sys
 import time
@@ -20,6 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+
+from meanflow.program import end_with_launcher, refusals
+
+PICTURE = 4096  # images that one picture may have
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ class Options:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if self.out.suffix == ".png" and (self.num_images or 0) > PICTURE:
+            raise ValueError(f"num_images must be <= {PICTURE} in one picture, got {self.num_images}: name a folder")
+        object.__setattr__(self, "out", self.out.expanduser())
 
 
 @contextmanager
@@ -74,21 +82,18 @@ def npz(path: Path, count: int) -> Iterator:
     """Writes arr_0 as it comes; the file appears when it is whole."""
     import numpy as np
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+    from meanflow.files import replacing
 
-                def write(images, first: int) -> None:
-                    if first == 0:
-                        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
-                        np.lib.format.write_array_header_1_0(file, header)
-                    file.write(np.ascontiguousarray(images).tobytes())
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
 
-                yield write
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            def write(images, first: int) -> None:
+                if first == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(images).tobytes())
+
+            yield write
 
 
 @contextmanager
@@ -97,16 +102,17 @@ def folder(path: Path, count: int) -> Iterator:
     import numpy as np
     from PIL import Image
 
-    path.mkdir(parents=True, exist_ok=True)
+    from meanflow.files import replacing
 
     def write(images, first: int) -> None:
         if images.ndim == 5 and first == 0:
             picture(images[:16], path / "slices.png", 1)
         for number, image in enumerate(images, start=first):
-            if images.ndim == 5:
-                np.save(path / f"{number:06d}.npy", image)
-                continue
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(path / f"{number:06d}.png")
+            with replacing(path / f"{number:06d}.{'npy' if images.ndim == 5 else 'png'}") as temporary:
+                if images.ndim == 5:
+                    np.save(temporary, image)
+                else:
+                    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary)
 
     yield write
 
@@ -175,9 +181,20 @@ def check_writable(out: Path, is_folder: bool) -> None:
     parent = out if is_folder else out.parent
     if out.suffix and is_folder and not out.is_dir() or out.is_dir() != is_folder and out.exists():
         raise ValueError(f"out must be x.png, x.npz or a folder, got {out}")
+    if is_folder and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"out: the folder {out} is not empty: name another folder")
     parent.mkdir(parents=True, exist_ok=True)
     if not os.access(parent, os.W_OK):
         raise ValueError(f"out: {parent} cannot be written to")
+
+
+def check_disk(out: Path, size: int) -> None:
+    """Refuses samples for which the disk has no room; size: in bytes."""
+    import shutil
+
+    free = shutil.disk_usage(out if out.is_dir() else out.parent).free
+    if size > free:
+        raise ValueError(f"out: {out} has {free / 2**30:.3g} GiB free, and needs {size / 2**30:.3g} GiB")
 
 
 def find_device(options: Options, accelerator):
@@ -194,7 +211,7 @@ def find_device(options: Options, accelerator):
         raise ValueError(f"device {options.device} is for one process: accelerate launch gives each its own")
     device = options.device or accelerator.device
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # which "meta" has not
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device} is not there: {first_line(error)}") from None
     return device
@@ -220,13 +237,18 @@ def main(options: Options) -> None:
     solver = options.solver or pipe.sampling.solver
     pipe.check_choice(solver, options.cfg_scale)
     volumes = len(pipe.shape) == 4
+    count = options.num_images or (8 * len(options.classes) or 64)
     if volumes and options.out.suffix == ".npz":
         raise ValueError(f"out must be a folder or x.png for volumes, got {options.out}")
     if options.classes and not pipe.num_classes:
         raise ValueError("classes are for networks with classes, and this one has none: leave them out")
+    size = count * math.prod(pipe.shape)
+    if volumes or options.out.suffix == ".npz":
+        check_disk(options.out, size * (4 if volumes else 1))
+    elif is_folder:
+        check_disk(options.out, size // 10)  # PNG compresses
     classes = pipe.class_ids(options.classes) if options.classes else list(range(pipe.num_classes))
     cond = read_conditions(options.cond)
-    count = options.num_images or (8 * len(options.classes) or 64)
     steps = options.num_steps or STEPS[solver]
     accelerator.print(f"guidance {pipe.sampling.guidance}", file=sys.stderr)
     cast(pipe, None if options.dtype == "fp32" else options.dtype).to(device)
@@ -266,11 +288,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    end_with_launcher()
+    with refusals():
         main(tyro.cli(Options, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        sys.exit("error: out of memory: lower --batch-size")

@@ -1,13 +1,23 @@
 """The protocol of data. Data of your own are one class that follows it."""
 
+import psutil
 import torch
+from tqdm import tqdm
 
+from meanflow.config import check
+from meanflow.files import Refusal
 from meanflow.noise import generator
 from meanflow.pictures import middle_slices
 
 
-class UnreadableSample(ValueError):
+class UnreadableSample(Refusal):
     """A sample that cannot be decoded; the message names it."""
+
+
+def check_fits(size: int, name: str, value: object) -> None:
+    """Refuses a value that needs more memory than this machine has; size: in bytes."""
+    total = psutil.virtual_memory().total
+    check(size <= total, name, value, f"such that {size / 2**30:.3g} GiB fit into memory, of {total / 2**30:.3g} GiB")
 
 
 class Data:
@@ -36,11 +46,20 @@ class Data:
     encode = None
 
     def verify(self, part: int = 0, num_parts: int = 1) -> None:
-        """Reads what is kept in files once, one part of it, so that no damage stops a run later.
+        """Reads of files what is quickly read, one part of it, so that no damage stops a run later.
 
         Raises:
             ValueError: a file is damaged; the message names it.
         """
+
+    def read_all(self, part: int = 0, num_parts: int = 1) -> None:
+        """Reads every sample of one part.
+
+        Raises:
+            UnreadableSample: the first that cannot be read.
+        """
+        for index in tqdm(range(part, len(self), num_parts), "samples", disable=part > 0):
+            self.batch([index], [generator(0, index, "data")])
 
     def to_pixels(self, x: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1] to look at, (B, 1 or 3, H, W), from model units."""

@@ -1,6 +1,11 @@
 """Images of any source that datasets reads, cropped as ImageNet's reference statistics assume."""
 
+import hashlib
 import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +14,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from meanflow.data.base import Data, UnreadableSample
-from meanflow.files import errors_as
+from meanflow.files import Refusal, errors_as, first_line
+from meanflow.program import environment_number
 
 TABLES = (".parquet", ".arrow")
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -43,11 +50,12 @@ def open_source(source: str, split: str):
     import datasets
 
     datasets.disable_progress_bars()
-    path = Path(source).expanduser()
-    # A Hub id looks like owner/name, and not like a path whose last part is missing.
-    is_path = source.startswith((".", "~", "/")) or path.parent.exists() or source.count("/") != 1
-    if is_path and not path.exists():
-        raise ValueError(f"{source}: no such file or folder, and no Hub id (owner/name)")
+    check_source(source)
+    path, cache = Path(source).expanduser(), Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"HF_HOME must be a folder that can be written to, got {cache}: {first_line(error)}") from None
     with errors_as(f"{source}: datasets cannot open it"):
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(str(path))
@@ -57,11 +65,58 @@ def open_source(source: str, split: str):
         if not path.is_dir():
             return datasets.load_dataset(source, split=split)
         # Names the files itself: datasets by itself would take a class such as bullet_train for a split.
-        inside = list((path / split).iterdir()) if (path / split).is_dir() else []
-        if any(entry.is_dir() or entry.suffix in TABLES for entry in inside):
-            path = path / split
-        has_split_tables = any(entry.suffix in TABLES for entry in path.rglob(f"{split}*"))
-        return datasets.load_dataset(str(path), data_files=f"**/{split}*" if has_split_tables else "**", split="train")
+        path = split_folder(path, split)
+        tables = {entry.name for entry in path.rglob("*") if entry.suffix in TABLES}
+        has_split_tables = any(name.startswith(split) for name in tables)
+        others = sorted(name for name in tables if name.startswith(SPLITS))
+        if others and not has_split_tables:
+            raise Refusal(f"{source} has no {split}, only {', '.join(others)}: name one of the files")
+        pattern = f"**/{split}*" if has_split_tables else "**"
+        rows = datasets.load_dataset(str(path), data_files=pattern, split="train")
+        if not tables:
+            say_left_out(path, rows)
+        return rows
+
+
+def check_source(source: str, others: str = "") -> None:
+    """Refuses a path where nothing is, unless it can be a Hub id, which looks like owner/name; and files of no use."""
+    path = Path(source).expanduser()
+    is_path = source.startswith((".", "~", "/")) or path.parent.exists() or source.count("/") != 1
+    if is_path and not path.exists():
+        raise Refusal(f"{source}: no such file or folder, and no Hub id (owner/name){others}")
+    if path.is_file() and path.suffix not in TABLES:
+        raise Refusal(f"{source} must be a folder, or a file that ends with {' or '.join(TABLES)}")
+
+
+def split_folder(path: Path, split: str) -> Path:
+    """The subfolder of a split, or the folder itself where its subfolders are classes, of whatever name.
+
+    Raises:
+        Refusal: the folder has only other splits.
+    """
+    folders = {entry.name: list(entry.iterdir()) for entry in path.iterdir() if entry.is_dir()}
+    splits = sorted(name for name in folders if name == split or name.lower() in SPLITS)
+    # A split has classes or tables in it; there are also folders of splits alone, with images in them.
+    inside = [entry for name in splits for entry in folders[name]]
+    if not any(entry.is_dir() or entry.suffix in TABLES for entry in inside) and len(splits) < len(folders):
+        return path
+    if splits and split not in splits:
+        raise Refusal(f"{path} has no {split}, only {', '.join(splits)}: name one of these folders")
+    return path / split if splits else path
+
+
+def say_left_out(folder: Path, rows) -> None:
+    """Says which files of a folder of images are not in its rows, and which of its folders are empty."""
+    walked = list(os.walk(folder, followlinks=True))
+    files = [os.path.join(root, name) for root, _, names in walked for name in names]
+    left_out = [root for root, folders, names in walked if not folders and not names]
+    if len(files) != len(rows):
+        column = rows.data.column(rows.column_names.index("image")).combine_chunks()
+        taken = {os.path.realpath(path) for path in column.field("path").to_pylist()}
+        left_out += [path for path in files if os.path.realpath(path) not in taken]
+    if left_out and environment_number("RANK", 0) == 0:
+        examples = ", ".join(sorted(left_out)[:3])
+        print(f"warning: {folder}: {len(left_out)} empty folders or files are left out: {examples}", file=sys.stderr)
 
 
 class ImageFiles(Data):
@@ -91,6 +146,7 @@ class ImageFiles(Data):
         self.num_classes = len(self.classes)
         self.metadata = {"source": source, "split": split, "resolution": size, "classes": self.classes}
         self.metadata |= {"transform": "ADM centre crop" if crop else None, "count": len(rows)}
+        self.metadata["fingerprint"] = self.fingerprint()
         self.memory = None
         if not crop:
             bar = tqdm(range(len(rows)), "images", unit="image", mininterval=1, disable=len(rows) < 10_000)
@@ -109,6 +165,9 @@ class ImageFiles(Data):
             raise ValueError(f"{self.name(labels.index(None))} has no label")
         if not all(isinstance(value, int) for value in labels):
             raise ValueError(f"{self.source}: column {label} must hold classes as integers, got {kind}")
+        if not isinstance(kind, datasets.ClassLabel) and max(labels) >= max(len(labels), 10_000):
+            fact = f"the label {max(labels)} would make as many classes, of {len(labels)} images"
+            raise ValueError(f"{self.source}: {fact}: give the column {label} the type ClassLabel")
         names = kind.names if isinstance(kind, datasets.ClassLabel) else range(1 + max(labels))
         for row, value in enumerate(labels):
             if not 0 <= value < len(names):
@@ -118,16 +177,44 @@ class ImageFiles(Data):
     def name(self, index: int) -> str:
         return (self.files[index][self.column] or {}).get("path") or f"{self.source}, row {index}"
 
-    def pixels(self, index: int) -> torch.Tensor:
-        """One image, (3, size, size) uint8.
+    @contextmanager
+    def opened(self, index: int) -> Iterator[Image.Image]:
+        """One image, of which only the header has been read.
 
         Raises:
-            UnreadableSample: naming it.
+            UnreadableSample: it cannot be read; the message names it.
         """
         file = self.files[index][self.column]
         with errors_as(f"{self.name(index)} is no readable image", UnreadableSample):
             with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
-                cropped = center_crop(image, self.shape[-1]) if self.crop else image.convert("RGB")
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its mode is {image.mode}, and only images of 8 bits a channel are read")
+                yield image
+
+    def verify(self, part: int = 0, num_parts: int = 1) -> None:
+        if self.memory is None:
+            rows = range(part, len(self), num_parts)
+            for index in tqdm(rows, "headers", unit="image", mininterval=1, disable=part > 0 or len(rows) < 10_000):
+                with self.opened(index):
+                    pass
+
+    def fingerprint(self) -> str:
+        """A hash of the labels, and of at most 16 files, evenly spread."""
+        digest = hashlib.sha256(b"" if self.labels is None else self.labels.numpy().tobytes())
+        for index in range(0, len(self.files), -(-len(self.files) // 16)):
+            file = self.files[index][self.column]
+            with errors_as(f"{self.name(index)} is no readable image", UnreadableSample):
+                digest.update(file["bytes"] or Path(file["path"]).read_bytes())
+        return digest.hexdigest()
+
+    def pixels(self, index: int) -> torch.Tensor:
+        """One image, (3, size, size) uint8.
+
+        Raises:
+            UnreadableSample: it cannot be read, or has another size; the message names it.
+        """
+        with self.opened(index) as image:
+            cropped = center_crop(image, self.shape[-1]) if self.crop else image.convert("RGB")
         if cropped.size != self.shape[1:]:
             (width, height), size = cropped.size, self.shape[1]
             raise UnreadableSample(f"{self.name(index)} is {height} x {width}, not {size} x {size}: --crop cuts it")

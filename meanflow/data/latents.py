@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from meanflow.data.base import Data
 from meanflow.data.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_metadata
-from meanflow.files import checksum, errors_as, read_json
+from meanflow.files import Refusal, checksum, errors_as, read_json
 
 LATENTS = "latents.json"
 
@@ -40,14 +40,13 @@ def read_metadata(folder: Path) -> dict:
             raise ValueError(f"{folder} is unfinished: give tools/cache_latents.py the same command again")
         raise ValueError(f"{folder} has no {LATENTS}: make it with tools/cache_latents.py")
     with errors_as(f"{folder / LATENTS} is damaged"):
-        metadata = read_json(folder / LATENTS)
-        shards = metadata["shards"]
-    for shard in shards:
-        path = folder / shard["file"]
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        if path.stat().st_size != shard["bytes"]:
-            raise ValueError(f"{path} is damaged: it has {path.stat().st_size} bytes, and had {shard['bytes']}")
+        metadata = read_json(folder / LATENTS, shape=list, classes=list, count=int, shards=list)
+        for shard in metadata["shards"]:
+            path, size = folder / shard["file"], shard["bytes"]
+            if not path.is_file():
+                raise Refusal(f"{path} is missing")
+            if path.stat().st_size != size:
+                raise Refusal(f"{path} is damaged: it has {path.stat().st_size} bytes, and had {size}")
     return metadata
 
 
@@ -70,13 +69,13 @@ def check_expected(folder: Path, metadata: dict, recipe) -> None:
         weights = fingerprint(load_vae(recipe.vae))
         if weights != metadata["vae_sha256"]:
             there = f"weights of SHA-256 {metadata['vae_sha256'][:12]}..., not {weights[:12]}..."
-            raise ValueError(f"{folder} was made by another VAE than {recipe.vae}: by {metadata['vae']}, with {there}")
+            raise Refusal(f"{folder} was made by another VAE than {recipe.vae}: by {metadata['vae']}, with {there}")
     elif metadata["vae"] != recipe.vae:
         wrong.insert(0, "vae")
     if wrong:
         diff = ", ".join(f"{name} {metadata[name]} there, {getattr(recipe, name)} here" for name in wrong)
         flags = " ".join(f"--{name.replace('_', '-')} {metadata[name]}" for name in wrong)
-        raise ValueError(f"{folder} holds latents of other settings ({diff}): make them anew, or say {flags}")
+        raise Refusal(f"{folder} holds latents of other settings ({diff}): make them anew, or say {flags}")
 
 
 class LatentSpace(Data):
@@ -129,13 +128,14 @@ class Latents(LatentSpace):
 
         self.folder, self.recipe = folder, recipe
         metadata = read_metadata(folder)
-        check_expected(folder, metadata, recipe)
-        self.shards = metadata.pop("shards")
-        self.shape, self.num_classes = tuple(metadata["shape"][2:]), len(metadata["classes"])
-        if recipe.normalization == "channel":
-            shift, scale = metadata["channel_mean"], [1 / std for std in metadata["channel_std"]]
-        else:
-            shift, scale = metadata["shift_factor"] or 0.0, metadata["scaling_factor"]
+        with errors_as(f"{folder / LATENTS} is damaged"):
+            check_expected(folder, metadata, recipe)
+            self.shards = metadata.pop("shards")
+            self.shape, self.num_classes = tuple(metadata["shape"][2:]), len(metadata["classes"])
+            if recipe.normalization == "channel":
+                shift, scale = metadata["channel_mean"], [1 / std for std in metadata["channel_std"]]
+            else:
+                shift, scale = metadata["shift_factor"] or 0.0, metadata["scaling_factor"]
         super().__init__({**metadata, "normalization": recipe.normalization}, shift, scale, recipe.vae)
         self.moments, labels = [], []
         for shard in self.shards:
@@ -146,8 +146,13 @@ class Latents(LatentSpace):
                 column = table["moments"].chunk(0).flatten(recursive=True)
                 self.moments.append(column.to_numpy().reshape(-1, *metadata["shape"]))
                 labels.append(table["label"].to_numpy())
-        self.labels = torch.from_numpy(np.concatenate(labels))
+        self.labels = torch.from_numpy(np.concatenate(labels)).long()
         self.ends = list(itertools.accumulate(map(len, labels)))
+        highest = int(self.labels.max()) if self.num_classes else -1
+        if self.ends[-1] != metadata["count"] or highest >= self.num_classes:
+            found = f"the shards have {self.ends[-1]} latents and the label {highest}"
+            noted = f"{metadata['count']} latents and {self.num_classes} classes"
+            raise ValueError(f"{folder / LATENTS} is damaged: {found}, and it notes {noted}")
 
     def read(self, indices: list[int], flips: list[int]) -> torch.Tensor:
         """The moments of these images, (B, 2, C, H, W) float16; flip 1 is the mirror image."""
@@ -196,6 +201,9 @@ class EncodedImages(LatentSpace):
         pixels, cond = self.images.batch(indices, generators)
         noise = torch.stack([torch.randn(self.shape, generator=random) for random in generators])
         return (pixels, noise), cond if self.num_classes else {}
+
+    def verify(self, part: int = 0, num_parts: int = 1) -> None:
+        self.images.verify(part, num_parts)
 
     def encode(self, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         mean, std = encode(self.vae.to(pixels.device), pixels)

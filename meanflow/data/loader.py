@@ -6,12 +6,15 @@ which slots, and a run resumes by starting at another step.
 """
 
 import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from meanflow.data.augment import augment
+from meanflow.files import Refusal
 from meanflow.noise import generator, noise
 from meanflow.objectives.base import Batch
 
@@ -82,3 +85,39 @@ def make_loader(recipe, objective, data, steps: range, rank=0, world_size=1) -> 
     fork = "fork" if recipe.workers and sys.platform == "linux" else None  # which copies no data
     options = {"num_workers": recipe.workers, "multiprocessing_context": fork, "pin_memory": torch.cuda.is_available()}
     return DataLoader(SlotData(recipe, objective, data), batch_sampler=batches, collate_fn=default_convert, **options)
+
+
+class Ahead:
+    """The batches of a loader, read some steps before they are due, so that what cannot be read is known before.
+
+    Args:
+        count: how many batches are read ahead; a step later the same many are, until one cannot be read.
+    """
+
+    def __init__(self, batches: Iterable[Batch], count: int):
+        self.batches, self.count, self.waiting = iter(batches), count, deque()
+        self.error: Exception | None = None  # why there are no more
+
+    def begin(self) -> None:
+        """Reads the first ones, and raises what happens."""
+        self.read()
+        if self.error:
+            raise self.error
+
+    def read(self) -> None:
+        try:
+            while self.error is None and len(self.waiting) < self.count:
+                self.waiting.append(next(self.batches))
+        except StopIteration:
+            self.batches = iter(())
+        except Exception as error:
+            self.error = error
+            if isinstance(error, Refusal):  # before which a loading process puts its traceback
+                self.error = type(error)(str(error).split(f"{type(error).__name__}: ")[-1].strip())
+            elif "DataLoader worker" in str(error) and isinstance(error, RuntimeError):
+                self.error = Refusal("a process of --workers died, perhaps of too little memory: --workers 0")
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.waiting:
+            yield self.waiting.popleft()
+            self.read()

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from meanflow.data.base import Data, InMemory
-from meanflow.data.images import ImageFiles
+from meanflow.config import check
+from meanflow.data.base import Data, InMemory, check_fits
+from meanflow.data.images import ImageFiles, check_source
 from meanflow.data.latents import EncodedImages, Latents, is_cache
 from meanflow.data.volumes import Volumes, has_volumes, shapes
 
@@ -42,14 +43,16 @@ def open_data(recipe) -> Data:
         return subset(images, recipe.subset) if recipe.subset else images
     if recipe.data == "shapes":
         return InMemory(shapes(), None, 0)
+    check_source(recipe.data, ", and none of digits, shapes: name it with --data; tools/cache_latents.py makes latents")
+    if folder.is_dir() and recipe.out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"out must not lie in the data, which it would become a part of, got {recipe.out}")
     if is_cache(folder):
         return Latents(folder, recipe)
     if are_volumes:
         return Volumes(folder)
     if recipe.resolution is None:
         raise ValueError(f"resolution must be given for images, got None, and {folder} is no folder with volumes")
-    if recipe.vae and recipe.data.startswith(".") and not folder.exists():
-        raise ValueError(f"{recipe.data}: no such folder: name it with --data; tools/cache_latents.py makes latents")
+    check_fits(12 * 3 * recipe.resolution**2, "resolution", recipe.resolution)
     images = ImageFiles(recipe.data, recipe.resolution, flip=recipe.flip, crop=recipe.crop)
     return images if recipe.vae is None else EncodedImages(images, recipe)
 
@@ -63,6 +66,7 @@ def digits(resolution: int = 8) -> tuple[InMemory, InMemory]:
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
+    check_fits(4 * len(data.images) * resolution**2, "resolution", resolution)
     x, y = torch.from_numpy(data.images[:, None] / 8 - 1).float(), torch.from_numpy(data.target).long()
     if resolution != 8:
         x = F.interpolate(x, (resolution, resolution), mode="bilinear", align_corners=False)
@@ -81,6 +85,7 @@ def subset(images: InMemory, size: tuple[int, int]) -> InMemory:
 
 def random_latents(recipe) -> InMemory:
     """A smoke test's data: 256 latents as Stable Diffusion's VAE shapes them, of 1,000 classes."""
+    check(recipe.resolution % 8 == 0, "resolution", recipe.resolution, "a multiple of 8 with a vae")
     size, random = recipe.resolution // 8, torch.Generator().manual_seed(0)
     x, y = torch.randn(256, 4, size, size, generator=random), torch.randint(1000, (256,), generator=random)
     return InMemory(x, y, num_classes=1000, latents={"shift": 0.0, "scale": recipe.scaling_factor})

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from meanflow.config import check
 from meanflow.data.base import Data, UnreadableSample
-from meanflow.files import errors_as
+from meanflow.files import errors_as, fingerprint
 
 SUFFIXES = (".npy", ".safetensors")
 
@@ -30,10 +31,11 @@ class Volumes(Data):
         for path in self.files:
             shape = volume(path, shape_only=True)
             self.shape = shape if path == self.files[0] else self.shape
-            if len(shape) != 4 or shape != self.shape:
-                first = f"like {self.files[0].name}, {self.shape}" if len(self.shape) == 4 else "(C, D, H, W)"
+            if len(shape) != 4 or shape != self.shape or 0 in shape:
+                first = f"like {self.files[0].name}, {self.shape}" if path != self.files[0] else "(C, D, H, W)"
                 raise ValueError(f"{path}: a volume must be {first}, got {shape}")
         self.metadata = {"source": str(folder), "count": len(self.files), "classes": []}
+        self.metadata["fingerprint"] = fingerprint(self.files)
 
     def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[torch.Tensor, dict]:
         return torch.stack([volume(self.files[index]) for index in indices]), {}
@@ -48,13 +50,17 @@ def volume(path: Path, shape_only: bool = False) -> torch.Tensor | tuple[int, ..
     with errors_as(f"{path} is no readable volume", UnreadableSample):
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r")
+            check(array.dtype.kind in "fiu", "its type", array.dtype, "of floating-point numbers or integers")
             if shape_only:
                 return array.shape
             x = torch.from_numpy(np.array(array, np.float32))
         else:
             with safe_open(path, "pt") as file:
+                entry = file.get_slice("volume")
+                kind = entry.get_dtype()
+                check(kind not in ("BOOL", "C64"), "its type", kind, "of floating-point numbers or integers")
                 if shape_only:
-                    return tuple(file.get_slice("volume").get_shape())
+                    return tuple(entry.get_shape())
                 x = file.get_tensor("volume").float()
         if not x.isfinite().all():
             raise ValueError("it has values that are not finite")

@@ -21,12 +21,13 @@ from diffusers import AutoencoderKL, ModelMixin
 from meanflow.config import MeanFlowConfig
 from meanflow.data.vae import fingerprint, load_vae
 from meanflow.fetch import fetch
-from meanflow.files import checksum, errors_as, read_json
+from meanflow.files import Refusal, checksum, errors_as, read_json
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.publishing.pipeline import MeanFlowPipeline
 from models import NETWORKS
 
 CHECKSUMS = "checksums.json"
+JSON = ("recipe.json", "data.json", "step.json", "sampling.json")
 INDEX = "model_index.json"
 
 
@@ -41,7 +42,8 @@ def find_checkpoint(folder: Path) -> Path:
     Raises:
         ValueError: the folder is neither.
     """
-    found = [folder] if (folder / "step.json").is_file() else checkpoints(folder)
+    is_checkpoint = folder in checkpoints(folder.parent) or (folder / "step.json").is_file()
+    found = [folder] if is_checkpoint else checkpoints(folder)
     if not found:
         raise ValueError(f"{folder} is no run with a checkpoint, no checkpoint and no exported folder")
     return found[-1]
@@ -49,23 +51,37 @@ def find_checkpoint(folder: Path) -> Path:
 
 def saved_step(folder: Path) -> int:
     """The step after which a checkpoint was saved."""
-    with errors_as(f"{folder / 'step.json'} is missing or damaged"):
-        return read_json(folder / "step.json")["step"]
+    verify_checkpoint(folder, JSON)
+    return read_json(folder / "step.json", step=int)["step"]
 
 
-def verify_checkpoint(folder: Path, part: str = "") -> None:
-    """Compares the files of a checkpoint with their checksums; with a part, only the files below it.
+def verify_checkpoint(folder: Path, parts: str | tuple[str, ...] = "") -> None:
+    """Compares the files of a checkpoint with their checksums; with parts, only the files whose paths begin so.
 
     Raises:
-        ValueError: a file is missing or damaged; the message names it and the checkpoint before.
+        Refusal: a file is missing or damaged; the message names it and the checkpoint before.
     """
     older = [path for path in checkpoints(folder.parent) if path.name < folder.name]
-    advice = f": --resume {older[-1]} goes on from the one before" if older else ""
-    with errors_as(f"{folder / CHECKSUMS} is missing or damaged{advice}"):
-        sums = read_json(folder / CHECKSUMS)
+    advice = f": --resume {older[-1]} goes on from the one before, and tools take that folder, too" if older else ""
+    try:
+        sums = read_json(folder / CHECKSUMS, **{"recipe.json": str})
+    except Refusal as error:
+        raise Refusal(f"{error}{advice}") from None
     for name, value in sums.items():
-        if name.startswith(part) and not ((folder / name).is_file() and checksum(folder / name) == value):
-            raise ValueError(f"{folder / name} is missing or damaged{advice}")
+        if name.startswith(parts) and not ((folder / name).is_file() and checksum(folder / name) == value):
+            raise Refusal(f"{folder / name} is missing or damaged{advice}")
+
+
+def check_finite(net: ModelMixin, place: str | Path) -> ModelMixin:
+    """The network, if all of its weights are finite.
+
+    Raises:
+        Refusal: one is not; the message names the place.
+    """
+    for name, weight in net.state_dict().items():
+        if not weight.isfinite().all():
+            raise Refusal(f"{place} has weights that are not finite, such as {name}: take an older checkpoint")
+    return net
 
 
 def load_network(folder: Path, ema: float | None = None, trust_remote_code: bool = False) -> ModelMixin:
@@ -77,6 +93,7 @@ def load_network(folder: Path, ema: float | None = None, trust_remote_code: bool
     Raises:
         ValueError: there is no such average, it is damaged, or its code is not trusted.
     """
+    verify_checkpoint(folder, JSON)
     decays = read_json(folder / "recipe.json")["ema_decay"]
     decay = decays[0] if ema is None else ema
     if decay not in decays:
@@ -84,7 +101,7 @@ def load_network(folder: Path, ema: float | None = None, trust_remote_code: bool
     verify_checkpoint(folder, f"ema/{decay}/")
     average = folder / "ema" / str(decay)
     name, code = read_json(average / "config.json")["_class_name"], next(average.glob("modeling_*.py"), None)
-    return network_class(name, code, trust_remote_code).from_pretrained(average).eval()
+    return check_finite(network_class(name, code, trust_remote_code).from_pretrained(average).eval(), average)
 
 
 def network_class(name: str, code: Path | None, trust_remote_code: bool) -> type[ModelMixin]:
@@ -143,8 +160,8 @@ def load_pipeline(source, ema=None, variant=None, revision=None, trust_remote_co
     if variant is not None:
         raise ValueError(f"variant {variant} is for exported folders, and {folder} is a checkpoint")
     with errors_as(f"{folder} cannot be loaded"):
-        recipe, metadata = (read_json(folder / f"{name}.json") for name in ("recipe", "data"))
         net = load_network(folder, ema, trust_remote_code)
+        recipe, metadata = (read_json(folder / f"{name}.json") for name in ("recipe", "data"))
         vae = load_vae(recipe["vae"]) if recipe["vae"] else None
         if vae is not None and metadata.get("vae_sha256") not in (None, fingerprint(vae)):
             raise ValueError(f"vae: {recipe['vae']} has other weights than in training")
@@ -158,7 +175,12 @@ def read_export(folder: Path, variant: str | None, trust_remote_code: bool) -> M
         index, options = read_json(folder / INDEX), {"variant": variant, "use_safetensors": True}
         module, name = index["net"]
         code = folder / "net" / f"{module}.py" if module.startswith("modeling_custom_") else None
+        sums = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}  # version 0.1 wrote none
+        for path in folder.glob("*/*.safetensors"):
+            if checksum(path) != sums.get(path.relative_to(folder).as_posix(), checksum(path)):
+                raise Refusal(f"{path} is damaged: export or download it again")
         net = network_class(name, code, trust_remote_code).from_pretrained(folder / "net", **options)
+        check_finite(net, folder)
         has_vae = (index.get("vae") or [None])[0]
         vae = AutoencoderKL.from_pretrained(folder / "vae", **options) if has_vae else None
         sampling = sampling_of_meanflow(index["objective"]) if "objective" in index else index["sampling"]

@@ -8,9 +8,9 @@ from string import Template
 import torch
 
 from meanflow.config import FREE_ON_RESUME, flatten
-from meanflow.files import read_json
+from meanflow.files import checksum, checksums, errors_as, read_json, write_json
 from meanflow.pictures import middle_slices, save_grid
-from meanflow.publishing.checkpoints import INDEX, checkpoints, find_checkpoint, load_pipeline, saved_step
+from meanflow.publishing.checkpoints import CHECKSUMS, checkpoints, find_checkpoint, load_pipeline, saved_step
 
 
 def export(source: Path, out: Path, ema=None, variants=(), license="other", datasets=(), trust_remote_code=False):
@@ -25,11 +25,13 @@ def export(source: Path, out: Path, ema=None, variants=(), license="other", data
     Raises:
         ValueError: source has no whole checkpoint, out holds something else, or the network's file is not trusted.
     """
-    source, out = find_checkpoint(Path(source)), Path(out)
-    is_export = (out / INDEX).is_file() and "MeanFlowPipeline" in (out / INDEX).read_text()
-    may_replace = is_export and not (out / ".git").exists()
-    if out.exists() and not may_replace and any(out.iterdir()):
-        raise ValueError(f"{out} holds something else than an exported model: choose another folder")
+    source, out = find_checkpoint(Path(source).expanduser()), Path(out).expanduser()
+    known = read_json(out / CHECKSUMS) if (out / CHECKSUMS).exists() else {}
+    files = (path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    foreign = next((name for name in files if name not in known or checksum(out / name) != known[name]), None)
+    if foreign:
+        words = f"{out} holds something else than an exported model, such as {foreign}"
+        raise ValueError(f"{words}: choose another folder, or move that file away")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -43,6 +45,7 @@ def export(source: Path, out: Path, ema=None, variants=(), license="other", data
         for variant in variants:
             pipe = load_pipeline(source, ema, trust_remote_code=trust_remote_code)
             cast(pipe, variant).save_pretrained(temporary, variant=variant)
+        write_json(temporary / CHECKSUMS, checksums(temporary))
         shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
     finally:
@@ -98,9 +101,10 @@ def model_card(source: Path, pipe, license: str, datasets: tuple[str, ...], meas
 
 def metrics_table(path: Path) -> str:
     """What was measured on the run, as a table: of {row: {metric: value}}."""
-    rows = read_json(path)
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [f"| | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * (len(names) + 1) + "|"]
-    for label, row in rows.items():
-        lines.append(f"| {label} | {' | '.join(f'{row[name]:.4g}' if name in row else '' for name in names)} |")
+    with errors_as(f"{path} is damaged"):
+        rows = read_json(path)
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        lines = [f"| | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---" * (len(names) + 1) + "|"]
+        for label, row in rows.items():
+            lines.append(f"| {label} | {' | '.join(f'{row[name]:.4g}' if name in row else '' for name in names)} |")
     return "## Measured\n\n" + "\n".join(lines) + "\n\n"

@@ -15,7 +15,7 @@ from meanflow.publishing.checkpoints import INDEX
 from meanflow.publishing.export import export
 
 DEADLINE = 300  # seconds that a finished run waits for its push
-ATTEMPTS = 6  # of a push, 1, 2, 4, ... seconds apart
+ATTEMPTS = 6  # of a push, 1, 2, 4, ... seconds apart; 3 where the Hub does not answer
 
 
 def push(folder: Path, repo_id: str, private: bool = True, revision: str | None = None) -> str:
@@ -36,8 +36,9 @@ def push(folder: Path, repo_id: str, private: bool = True, revision: str | None 
         except Exception as error:  # of many kinds, by two packages
             status = error.response.status_code if isinstance(error, huggingface_hub.errors.HfHubHTTPError) else None
             refused = status in (400, 401, 403, 404) or isinstance(error, ValueError)
-            if refused or attempt == ATTEMPTS - 1:
-                raise ValueError(f"{repo_id} could not be pushed: {first_line(error)}") from None
+            if refused or attempt == (ATTEMPTS if status else 3) - 1:
+                advice = ": log in by `hf auth login`, with a token that may write" if status in (401, 403) else ""
+                raise ValueError(f"{repo_id} could not be pushed: {first_line(error)}{advice}") from None
             print(f"{first_line(error)}: again in {2**attempt} s", file=sys.stderr, flush=True)
             time.sleep(2**attempt)
 

@@ -6,6 +6,7 @@ A copy of this file travels with every published model, beside sampler.py, noise
 import difflib
 import inspect
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +87,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         if guidance_scale is None:
             return
         trained, scale = self.sampling.guidance_scale, f"guidance_scale {guidance_scale:g}"
+        if not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"{scale} must be a finite number >= 0")
         if not self.num_classes:
             raise ValueError(f"{scale} needs classes, and this network has none: leave it out")
         if trained is not None and abs(guidance_scale - trained) > 1e-3 * trained:

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from meanflow.config import FREE_ON_RESUME, TrainConfig, different, flatten, with_defaults
 from meanflow.fetch import fetch
-from meanflow.files import checksum, errors_as, first_line, read_json, sync, write_json
+from meanflow.files import checksums, errors_as, first_line, read_json, sync, unused, write_json
 from meanflow.objectives.base import Objective
-from meanflow.publishing.checkpoints import CHECKSUMS, checkpoints
+from meanflow.program import Shared
+from meanflow.publishing.checkpoints import CHECKSUMS, check_finite, checkpoints
 from meanflow.publishing.pipeline import network_file
 
 OPTIMIZER, OBJECTIVE = "optimizer.safetensors", "objective.safetensors"
@@ -27,6 +28,8 @@ OPTIMIZER, OBJECTIVE = "optimizer.safetensors", "objective.safetensors"
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What may differ between the metadata of the same data: where they lie, and the version that wrote them.
 PLACES = {"source", "vae", "vae_revision", "meanflow"}
+# What a run writes beside its checkpoints.
+WRITTEN = ("data.json", "log.jsonl", "loss.png", "samples", "pipeline", "push.log", "end.json")
 
 
 def check_folder(folder: Path, fields: dict, metadata: dict) -> None:
@@ -36,15 +39,24 @@ def check_folder(folder: Path, fields: dict, metadata: dict) -> None:
         fields: the recipe as recipe.json has it.
         metadata: the data's.
     """
-    diff = []
+    diff, advice = [], f"choose another --out; --init-from {folder} begins with its weights"
     if (folder / "recipe.json").exists():
-        diff += different(with_defaults(read_json(folder / "recipe.json")), fields, FREE_ON_RESUME)
-    if (folder / "data.json").exists():
-        differing = different(read_json(folder / "data.json"), metadata, PLACES)
-        diff += [(f"the data's {name}", there, here) for name, there, here in differing]
+        old = with_defaults(read_json(folder / "recipe.json", objective=dict, ema_decay=list))
+        is_constant = old["schedule"] == fields["schedule"] == "constant"
+        diff += different(old, fields, FREE_ON_RESUME | {"steps", "epochs"} if is_constant else FREE_ON_RESUME)
+    elif not checkpoints(folder):
+        foreign = [name for name in WRITTEN if (folder / name).exists()]
+        if foreign:
+            words = f"{folder} has {', '.join(foreign)}, which no run of this program wrote"
+            raise ValueError(f"{words}: choose another --out")
+    if (folder / "data.json").exists() and not fields["allow_data_change"]:
+        old = read_json(folder / "data.json", count=int)
+        differing = different(old, {name: metadata[name] for name in metadata if name in old}, PLACES)
+        diff += [(f"data.json's {name}", there, here) for name, there, here in differing]
+        advice = "--allow-data-change goes on where samples were only repaired or removed" if differing else advice
     if diff:
         words = ", ".join(f"{name} {there!s:.80} there, {here!s:.80} here" for name, there, here in diff)
-        raise ValueError(f"{folder} belongs to another recipe ({words}): choose another --out, or remove it")
+        raise ValueError(f"{folder} belongs to another recipe ({words}): {advice}")
 
 
 def claim_folder(folder: Path, fields: dict, metadata: dict) -> FileLock:
@@ -58,6 +70,8 @@ def claim_folder(folder: Path, fields: dict, metadata: dict) -> FileLock:
     lock, owner = FileLock(folder / ".lock", timeout=0), folder / ".owner"
     try:
         lock.acquire()
+    except NotImplementedError:  # the file system has no locks
+        print(f"warning: {folder} cannot be locked: see that only one run uses it", file=sys.stderr)
     except Timeout:
         name = owner.read_text().strip() if owner.exists() else "unknown"
         raise ValueError(f"{folder} is in use by another run ({name}): choose another --out") from None
@@ -71,17 +85,19 @@ def on_processes(accelerator, part, *args, only_main: bool = True):
     """Runs part(*args) on the main process, or on all, while the others wait; returns its result, None elsewhere.
 
     Raises:
-        ValueError: on all processes, what went wrong on the first that failed.
+        Shared: on all processes, what went wrong on the first that failed.
     """
     result = error = None
     try:
         if accelerator.is_main_process or not only_main:
             result = part(*args)
     except Exception as exception:  # by three packages: OSError, RuntimeError, SafetensorError
-        error = first_line(exception)
-    errors = [error for error in gather_object([error]) if error is not None]
-    if errors:
-        raise ValueError(errors[0])
+        error = exception
+    lines = [line for line in gather_object([error and first_line(error)]) if line is not None]
+    if isinstance(error, (ArithmeticError, AttributeError, LookupError, NameError, TypeError)):
+        raise error  # a fault of the code, which needs its traceback
+    if lines:
+        raise Shared(lines[0])
     return result
 
 
@@ -127,6 +143,7 @@ class CheckpointWriter:
         try:
             self.begin(temporary, progress)
             for place, net in nets.items():
+                check_finite(net, f"{folder}/{place}")
                 net.save_pretrained(temporary / place)
                 name, code = network_file(type(net))
                 if name.startswith("modeling_custom_"):
@@ -170,8 +187,7 @@ class CheckpointWriter:
         return {name: state for name, state in copies.items() if state or name == OPTIMIZER}
 
     def finish(self, temporary: Path, folder: Path) -> None:
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        write_json(temporary / CHECKSUMS, {path.relative_to(temporary).as_posix(): checksum(path) for path in files})
+        write_json(temporary / CHECKSUMS, checksums(temporary))
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         out = self.recipe.out
@@ -209,10 +225,11 @@ def choose_checkpoint(recipe: TrainConfig) -> Path | None:
 def load_modules(folder: Path, objective: Objective, averages) -> None:
     """Restores the network, its averages and the objective's own modules, before they are sharded."""
     places = {"model": objective.net, **{f"ema/{name}": average for name, average in averages.nets.items()}}
-    for place, net in places.items():
-        net.load_state_dict(type(objective.net).from_pretrained(folder / place).state_dict())
-    if (folder / OBJECTIVE).exists():
-        objective.load_state_dict(load_file(folder / OBJECTIVE), strict=False)
+    with errors_as(f"{folder} does not fit the recipe's network"):
+        for place, net in places.items():
+            net.load_state_dict(type(objective.net).from_pretrained(folder / place).state_dict())
+        if (folder / OBJECTIVE).exists():
+            objective.load_state_dict(load_file(folder / OBJECTIVE), strict=False)
 
 
 def load_optimizer(folder: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
@@ -233,7 +250,7 @@ def set_aside_later(out: Path, folder: Path) -> None:
     if folder.parent.resolve() == out.resolve():
         for later in checkpoints(out):
             if later.name > folder.name:
-                later.rename(later.with_name(f"{later.name}.left"))
+                later.rename(unused(later.with_name(f"{later.name}.left")))
 
 
 def init_weights(net: torch.nn.Module, source: str) -> None:
@@ -245,4 +262,4 @@ def init_weights(net: torch.nn.Module, source: str) -> None:
     folder = fetch(source)
     folder = next((folder / name for name in ("model", "net") if (folder / name).is_dir()), folder)
     with errors_as(f"init_from: {source} has no weights for this network"):
-        net.load_state_dict(type(net).from_pretrained(folder).state_dict())
+        net.load_state_dict(check_finite(type(net).from_pretrained(folder), source).state_dict())

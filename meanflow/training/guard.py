@@ -13,8 +13,9 @@ import torch
 
 # Windows has no SIGUSR1.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-# Exit codes. STOPPED: the same command goes on from a checkpoint. DIVERGED: something has to be changed first.
-STOPPED, DIVERGED = 75, 3
+# Exit codes. STOPPED: the same command goes on from a checkpoint. DIVERGED: something has to be changed first. FAILED:
+# something has to be mended first. meanflow/program.py has that of a refusal.
+STOPPED, DIVERGED, FAILED = 75, 3, 1
 
 ADVICE = "lower --lr, set --max-grad-norm 1 or raise --warmup-steps; the newest checkpoint is from before"
 
@@ -58,6 +59,7 @@ class Guard:
         self.observed = state.get("observed_steps", 0)
         self.skipped, self.in_a_row = state.get("skipped_steps", 0), 0
         self.signal, self.seen, self.handlers_before = 0, None, {}
+        self.is_data_unreadable = False  # of a later step, on this process
         self.warned_of_growth = False
 
     def __enter__(self) -> "Guard":
@@ -85,20 +87,23 @@ class Guard:
             raw_loss: of each channel, (C,).
             skipped: whether the gradient was not finite, so that the step was skipped; a scalar.
         """
-        mine = torch.cat([skipped.view(1), torch.full_like(raw_loss[:1], self.signal), raw_loss]).float()
+        flags = [torch.full_like(raw_loss[:1], flag) for flag in (self.signal, self.is_data_unreadable)]
+        mine = torch.cat([skipped.view(1), *flags, raw_loss]).float()
         self.seen = HostCopy(self.accelerator.reduce(mine.unsqueeze(0), "sum")[0] / self.accelerator.num_processes)
 
     def decide(self) -> Stop | None:
         """Whether the step that was noted last ends the run; it is read once."""
         if self.seen is None:
             return None
-        skipped, number, *raw_loss = self.seen.read()
+        skipped, number, unreadable, *raw_loss = self.seen.read()
         self.seen = None
         if skipped or not math.isfinite(sum(raw_loss)):
             stop = self.count_skipped()
         else:
             self.in_a_row = 0
             stop = self.watch(raw_loss)
+        if stop is None and unreadable:
+            return Stop(FAILED, "the data of the next step cannot be read", True)
         if stop is None and number:
             return Stop(STOPPED, "a signal asked to stop", True)
         return stop

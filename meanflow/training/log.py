@@ -2,6 +2,8 @@
 
 import json
 import secrets
+import shutil
+import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -9,9 +11,10 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from meanflow.config import TrainConfig, flatten
-from meanflow.files import write_whole
+from meanflow.files import first_line, unused, write_whole
 from meanflow.pictures import save_curves
 
 CURVE_POINTS = 2000  # lines of a log that loss.png shows at most
@@ -31,15 +34,39 @@ class Log:
         self.restore(progress.get("log", []))
         self.step = progress["step"]
         self.run_id = progress.get("run_id", secrets.token_hex(4))
+        self.unwritten, self.failed = "", set()
         if recipe.track:
             goes_on = {"wandb": {"id": self.run_id, "resume": "allow"}}
             goes_on |= {"trackio": {"name": self.run_id, "resume": "allow"}}  # tensorboard goes on by its folder
             settings = {name: str(value) for name, value in flatten(fields).items()}
-            accelerator.init_trackers(recipe.out.name, settings, goes_on)
-        if accelerator.is_main_process and self.path.exists():  # forget what the resumed run will do again
-            kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= self.step]
-            write_whole(self.path, "".join(f"{line}\n" for line in kept))
+            with self.optional("trackers"):
+                accelerator.init_trackers(recipe.out.name, settings, goes_on)
+        if accelerator.is_main_process and self.path.exists():
+            with self.optional("log.jsonl"):
+                self.take_up()
         self.restart_clock()
+
+    def take_up(self) -> None:
+        """Forgets the lines that the resumed run will write again. A damaged log is kept beside."""
+        with self.path.open(errors="replace") as file:
+            num_damaged = sum(line.endswith("\n") and parse(line) is None for line in file)
+        if num_damaged:
+            copy = unused(self.path.with_name("log.jsonl.damaged"))
+            shutil.copyfile(self.path, copy)
+            print(f"warning: {self.path}: {num_damaged} damaged lines are left out; {copy} has them", file=sys.stderr)
+        kept = [json.dumps(line) for line in read_log(self.path) if line["step"] <= self.step]
+        write_whole(self.path, "".join(f"{line}\n" for line in kept))
+
+    @contextmanager
+    def optional(self, what: str):
+        """What training goes on without: where it fails, this is said once."""
+        try:
+            yield
+        except Exception as error:  # of many kinds, by many packages
+            if what not in self.failed:
+                self.failed.add(what)
+                words = f"{what} failed, and training goes on: {first_line(error)}"
+                tqdm.write(f"warning: {self.recipe.out}: {words}", file=sys.stderr)
 
     def restart_clock(self) -> None:
         self.start, self.seconds = time.perf_counter(), defaultdict(float)
@@ -88,17 +115,21 @@ class Log:
         line = {"step": step, **means, "lr": lr, "images_per_second": rate, **seconds}
         self.sums, self.step = {}, step
         self.restart_clock()
+        self.unwritten += json.dumps(line) + "\n"
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        self.accelerator.log(split_channels(line), step=step)
+            with self.optional("log.jsonl"):
+                append(self.path, self.unwritten)
+                self.unwritten = ""
+        with self.optional("trackers"):
+            self.accelerator.log(split_channels(line), step=step)
         shown = "raw_loss" if "raw_loss" in means else "loss"
         return {shown.replace("_", " "): f"{means[shown]:.4g}", "images/s": f"{rate:.0f}"}
 
     def draw_curves(self) -> None:
         """Draws loss.png."""
-        if self.accelerator.is_main_process and self.path.exists():
-            save_curves(read_log(self.path, CURVE_POINTS), self.recipe.out / "loss.png")
+        if self.accelerator.is_main_process:
+            with self.optional("loss.png"):
+                save_curves(read_log(self.path, CURVE_POINTS), self.recipe.out / "loss.png")
 
 
 def split_channels(line: dict) -> dict:
@@ -109,15 +140,37 @@ def split_channels(line: dict) -> dict:
     return numbers
 
 
+def append(path: Path, lines: str) -> None:
+    """Appends all of these lines or, where the disk is full, nothing."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            written = file.write(lines.encode())
+            if written < len(lines.encode()):
+                raise OSError("no space left on the disk")
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def parse(line: str) -> dict | None:
+    """A line of a log, None if it is damaged or another program's."""
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return None
+    return fields if isinstance(fields, dict) and type(fields.get("step")) is int else None
+
+
 def read_log(path: Path, max_lines: int | None = None) -> list[dict]:
-    """The lines of a log.jsonl; a last line that a crash cut short is left out.
+    """The lines of a log.jsonl, without damaged ones and a last one that a crash cut short.
 
     Args:
         max_lines: of a longer file, read only about this many lines, evenly spread.
     """
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         length = len(file.readline())
         file.seek(0)
         every = 1 if max_lines is None or not length else max(1, path.stat().st_size // (length * max_lines))
         lines = [line for number, line in enumerate(file) if number % every == 0]
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [entry for line in lines if line.endswith("\n") and (entry := parse(line))]

@@ -1,6 +1,7 @@
 """What a run will be, before it begins, and the refusal of what cannot work. meanflow/training/screen.py shows it."""
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,13 +11,14 @@ from typing import NamedTuple
 import torch
 from diffusers import ModelMixin
 
-from meanflow.config import TrainConfig, recipe_fields
-from meanflow.data.base import Data
+from meanflow.config import TrainConfig, check, recipe_fields
+from meanflow.data.base import Data, check_fits
 from meanflow.data.loader import SlotBatches
 from meanflow.objectives import OBJECTIVES
 from meanflow.objectives.base import Objective
-from meanflow.publishing.checkpoints import checkpoints
-from meanflow.training.checkpoint import check_folder, choose_checkpoint
+from meanflow.program import environment_number
+from meanflow.publishing.checkpoints import checkpoints, saved_step
+from meanflow.training.checkpoint import check_folder
 from models import MODELS
 
 # The networks of smoke tests.
@@ -59,6 +61,9 @@ def make_net(recipe: TrainConfig, data: Data, own: type[ModelMixin] | None = Non
         raise ValueError(f"net: {own.__name__} must stand in a file of its own, which travels with its weights")
     channels, *size = data.shape
     sizes = recipe.net
+    for name, value in sizes.items() if own is None else ():
+        least = 0 if name in ("dropout", "augment_dim", "attention") else 1e-9
+        check(min(value if isinstance(value, tuple) else [value]) >= least, f"net.{name}", value, "> 0")
     if recipe.smoke and own is None:
         sizes = {**sizes, **SMALL.get(recipe.model, SMALL.get(recipe.model.split("-")[0], {}))}
     kind = own or MODELS[recipe.model]
@@ -88,9 +93,11 @@ def checkpoints_at_once(recipe: TrainConfig, total: int) -> int:
     return min(recipe.keep + 1, math.ceil(total / recipe.checkpoint_every))
 
 
-def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own: Parts = Parts()) -> Plan:
+def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own=Parts(), start: Path | None = None) -> Plan:
     """What the run will be.
 
+    Args:
+        start: the checkpoint to go on from.
     Raises:
         ValueError: a choice that cannot work; the message names it.
     """
@@ -102,16 +109,44 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own: Part
             raise ValueError(f"track: {name} is not installed: pip install 'meanflow[track]'")
     if not len(data):
         raise ValueError(f"data: {recipe.data} has no samples")
-    start = choose_checkpoint(recipe)
+    check_launch(recipe)
+    check_memory(recipe, data, num_processes)
+    done = saved_step(start) if start else 0
     for folder in filter(None, (recipe.out, start)):
         check_folder(folder, recipe_fields(recipe, objective.__name__), data.metadata)
     with torch.device("meta"):
         net = make_net(recipe, data, own.net)
     total = recipe.steps or math.ceil(recipe.epochs * len(data) / recipe.global_batch)
+    check(total >= done, "steps", total, f"at least {done:,}, after which {start} was saved")
     batches = SlotBatches(recipe, objective, len(data), range(total), 0, num_processes)
     objective.check(recipe.objective, net.train(), data.shape, data.num_classes)
     free_disk = check_disk(recipe, total, checkpoint_bytes(recipe, net))
     return Plan(recipe, data, objective, net, num_processes, batches.micro_batch, total, free_disk, start)
+
+
+def check_launch(recipe: TrainConfig) -> None:
+    """Refuses a launcher's options that say something else than the recipe, which would overrule them."""
+    for name, default in (("mixed_precision", "no"), ("gradient_accumulation_steps", "1")):
+        field = name.removeprefix("gradient_")
+        asked, here = os.environ.get(f"ACCELERATE_{name.upper()}", default), str(getattr(recipe, field))
+        flag = f"--{field.replace('_', '-')} {asked}"
+        check(asked in (default, here), field, here, f"what the launcher was given, {asked}: give the recipe {flag}")
+
+
+def check_memory(recipe: TrainConfig, data: Data, num_processes: int) -> None:
+    """Refuses batches that do not fit into this machine's memory, or into the part of it that processes share."""
+    micro_batch = recipe.global_batch // (num_processes * recipe.accumulation_steps)
+    batch = 8 * math.prod(data.shape) * micro_batch  # x and e
+    check_fits(2 * batch, "global_batch", recipe.global_batch)
+    if recipe.workers and Path("/dev/shm").exists():
+        # Each process of --workers has two batches ready, and the loop some more.
+        batches = 2 * (recipe.workers + recipe.accumulation_steps) + 1
+        held = batches * batch * environment_number("LOCAL_WORLD_SIZE", 1)
+        free = shutil.disk_usage("/dev/shm").free
+        words = f"{gib(free)} free, and batches of --workers {recipe.workers} need {gib(held)}"
+        check(
+            held <= free, "/dev/shm", words, "larger: give --workers 0, or a container more of it (docker's --shm-size)"
+        )
 
 
 def check_disk(recipe: TrainConfig, total: int, size: int) -> int:

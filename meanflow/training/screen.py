@@ -3,9 +3,11 @@
 import os
 import sys
 
+from meanflow import program
 from meanflow.data.sources import load_data
 from meanflow.publishing.checkpoints import saved_step
 from meanflow.training import preflight
+from meanflow.training.checkpoint import choose_checkpoint
 from meanflow.training.plan import render as render_costs
 from meanflow.training.preflight import Parts, Plan, gib
 
@@ -53,9 +55,9 @@ def show(plan: Plan) -> None:
 def dry_run(recipe, own: Parts) -> None:
     """Shows what a run under this launch would be, without a device."""
     data = (own.data or load_data)(recipe)
-    num_processes = recipe.plan[1] if recipe.plan else int(os.environ.get("WORLD_SIZE", 1))
-    plan = preflight.preflight(recipe, data, num_processes, own)
-    if int(os.environ.get("RANK", 0)) == 0:
+    num_processes = recipe.plan[1] if recipe.plan else program.environment_number("WORLD_SIZE", 1)
+    plan = preflight.preflight(recipe, data, num_processes, own, choose_checkpoint(recipe))
+    if program.environment_number("RANK", 0) == 0:
         show(plan)
         if recipe.plan:
             print(render_costs(plan))

@@ -4,12 +4,15 @@ import math
 import os
 import sys
 import warnings
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
     fsdp2_prepare_model,
     send_to_device,
     set_seed,
@@ -19,12 +22,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from meanflow.config import TrainConfig, recipe_fields
-from meanflow.data.loader import make_loader
+from meanflow.config import TrainConfig, check, recipe_fields
+from meanflow.data.loader import Ahead, make_loader
 from meanflow.data.sources import load_data
-from meanflow.files import first_line, read_json
+from meanflow.files import first_line, read_json, write_json
 from meanflow.noise import stream_seed
 from meanflow.objectives.jvp import support_fsdp2
+from meanflow.program import environment_number
 from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
 from meanflow.publishing.export import export
 from meanflow.publishing.hub import Pusher
@@ -32,10 +36,10 @@ from meanflow.training import checkpoint
 from meanflow.training.checkpoint import CheckpointWriter, on_processes
 from meanflow.training.compile import can_compile, compile_objective
 from meanflow.training.ema import Averages
-from meanflow.training.guard import Guard, Stop
+from meanflow.training.guard import FAILED, Guard, Stop
 from meanflow.training.log import Log
 from meanflow.training.optimizer import make_optimizer, set_rates
-from meanflow.training.preflight import Parts, make_net, preflight
+from meanflow.training.preflight import Parts, Plan, make_net, preflight
 from meanflow.training.samples import draw_samples
 from meanflow.training.screen import show
 
@@ -52,29 +56,15 @@ class Trainer:
     def __init__(self, recipe: TrainConfig, own: Parts = Parts()):
         self.recipe, self.accelerator = recipe, make_accelerator(recipe)
         set_seed(recipe.seed)
-        self.data = (own.data or load_data)(recipe)
-        plan = preflight(recipe, self.data, self.accelerator.num_processes, own)
-        if self.accelerator.is_local_main_process:
-            show(plan)
-        self.total, self.start = plan.total, plan.start
-        if recipe.verify:
-            share = self.accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            on_processes(self.accelerator, self.data.verify, *share, only_main=False)
-        self.net = make_net(recipe, self.data, own.net)
-        if recipe.init_from and self.start is None:
-            checkpoint.init_weights(self.net, recipe.init_from)
-        if recipe.activation_checkpointing:
-            self.net.enable_gradient_checkpointing()
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.tf32
-        self.bare = plan.objective(self.net, recipe.objective)  # what is saved; self.objective may wrap it
-        self.bare.prepare(self.data)
-        self.bare.to(self.accelerator.device)
-        if recipe.compile and can_compile(self.accelerator):
-            compile_objective(self.bare)
-        self.averages = Averages(self.net, {str(decay): decay for decay in recipe.ema_decay})
+        newest = [on_processes(self.accelerator, checkpoint.choose_checkpoint, recipe)]
+        self.start = broadcast_object_list(newest)[0]  # the first process decides for all
+        plan = on_processes(self.accelerator, self.make_parts, own, only_main=False)
         if self.start is not None:
             on_processes(self.accelerator, verify_checkpoint, self.start)
-            checkpoint.load_modules(self.start, self.bare, self.averages)
+            modules = self.start, self.bare, self.averages
+            on_processes(self.accelerator, checkpoint.load_modules, *modules, only_main=False)
+        if recipe.compile and can_compile(self.accelerator):
+            compile_objective(self.bare)
         if self.accelerator.is_fsdp2:
             plugin, dtype = self.accelerator.state.fsdp_plugin, {"no": None, "bf16": torch.bfloat16}
             shard_blocks(self.bare, plugin, dtype[recipe.mixed_precision])
@@ -90,29 +80,77 @@ class Trainer:
         self.lock = on_processes(self.accelerator, checkpoint.claim_folder, recipe.out, self.fields, self.data.metadata)
         self.pusher = Pusher(recipe) if recipe.push_to_hub and self.accelerator.is_main_process else None
 
+    def make_parts(self, own: Parts) -> Plan:
+        """Makes what each process has for itself: the data, the objective with its network, the averages."""
+        recipe, accelerator = self.recipe, self.accelerator
+        is_seen = self.start is None or self.start.exists()
+        check(is_seen, "out", recipe.out, "on a disk that all machines share, since one does not see the checkpoint")
+        self.data = (own.data or load_data)(recipe)
+        plan = preflight(recipe, self.data, accelerator.num_processes, own, self.start)
+        self.total = plan.total
+        if accelerator.is_local_main_process:
+            show(plan)
+        share = accelerator.local_process_index, environment_number("LOCAL_WORLD_SIZE", 1)
+        if recipe.verify:
+            self.data.verify(*share)
+        if recipe.check_data:
+            self.data.read_all(*share)
+        self.net = make_net(recipe, self.data, own.net)
+        if recipe.init_from and self.start is None:
+            checkpoint.init_weights(self.net, recipe.init_from)
+        if recipe.activation_checkpointing:
+            self.net.enable_gradient_checkpointing()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.tf32
+        self.bare = plan.objective(self.net, recipe.objective)  # what is saved; self.objective may wrap it
+        self.bare.prepare(self.data)
+        self.bare.to(accelerator.device)
+        self.averages = Averages(self.net, {str(decay): decay for decay in recipe.ema_decay})
+        return plan
+
     def train(self) -> None:
-        """Trains to the last step.
+        """Trains to the last step, and notes in end.json how it ended.
 
         Raises:
             SystemExit: with a code of training/guard.py, when something ends the run before; all processes leave
                 together.
         """
-        recipe, accelerator = self.recipe, self.accelerator
         progress = self.restore()
-        self.step = first_step = progress["step"]
-        self.log = Log(accelerator, recipe, self.fields, progress)
+        self.step = progress["step"]
+        self.log = Log(self.accelerator, self.recipe, self.fields, progress)
+        code, reason = FAILED, "interrupted"
+        try:
+            code, reason = self.train_to_end(progress)
+        except Exception as error:
+            reason = first_line(error)
+            raise
+        finally:
+            if self.accelerator.is_main_process:
+                with self.log.optional("end.json"):
+                    write_json(self.recipe.out / "end.json", {"code": code, "reason": reason, "step": self.step})
+            if self.lock:
+                self.lock.release()
+        if code:
+            sys.exit(code)
+
+    def train_to_end(self, progress: dict) -> tuple[int, str]:
+        """Returns the program's exit code, and why it ended."""
+        recipe, accelerator, first_step = self.recipe, self.accelerator, self.step
         saved = self.fields, self.data.metadata, self.bare, self.averages, self.optimizer.optimizer
         self.writer = CheckpointWriter(accelerator, recipe, *saved)
         if self.step:
             accelerator.print(f"{recipe.out}: resumes after step {self.step} of {self.total}")
-        is_quiet = not accelerator.is_main_process
-        self.bar = tqdm(initial=self.step, total=self.total, unit="step", mininterval=1, disable=is_quiet)
         steps, rank = range(self.step, self.total), accelerator.process_index
         loader = make_loader(recipe, type(self.bare), self.data, steps, rank, accelerator.num_processes)
+        # What cannot be read is known two steps before: in one the guard tells all processes, in one they read it.
+        self.loader = Ahead(loader, 2 * recipe.accumulation_steps + 1)
+        on_processes(accelerator, self.loader.begin, only_main=False)
         self.objective.train()
         self.raw_loss, stop = 0.0, None
-        with Guard(accelerator, recipe, progress) as self.guard:
-            for micro_step, batch in enumerate(self.log.timed(loader), start=self.step * recipe.accumulation_steps):
+        about_bar = {"unit": "step", "mininterval": 1, "disable": not accelerator.is_main_process}
+        self.bar = tqdm(initial=self.step, total=self.total, **about_bar)
+        with self.bar, Guard(accelerator, recipe, progress) as self.guard:
+            micro_steps = enumerate(self.log.timed(self.loader), start=self.step * recipe.accumulation_steps)
+            for micro_step, batch in micro_steps:
                 self.train_step(batch, micro_step)
                 if accelerator.sync_gradients:
                     stop = self.after_step()
@@ -123,7 +161,7 @@ class Trainer:
             if accelerator.is_main_process:
                 fault = "the run was stopped" if stop else None if self.saved else "the last step is not saved"
                 self.publish(fault, self.step > first_step)
-        self.leave(stop)
+        return self.leave(stop)
 
     def train_step(self, batch, micro_step: int) -> None:
         """One micro-batch: to the device, through the objective, backward; the last of a step moves the weights."""
@@ -167,6 +205,7 @@ class Trainer:
         self.averages.update(self.net)
         self.bar.update()
         stop = guard.decide()  # by the step before
+        guard.is_data_unreadable = self.loader.error is not None
         guard.observe(self.raw_loss, self.skipped)
         self.raw_loss = 0.0
         if self.step % recipe.log_every == 0 or is_last:
@@ -174,16 +213,18 @@ class Trainer:
         is_push = recipe.push_every is not None and self.step % recipe.push_every == 0 and not is_last
         if self.step % recipe.checkpoint_every == 0 or is_push or is_last or (stop and stop.save):
             stop = stop or guard.decide()  # by this step, too: it must be worth saving
-            if not stop or stop.save:
+            if guard.in_a_row and not (stop or is_last):
+                tqdm.write(f"step {self.step} is not saved, since it was skipped", file=sys.stderr)
+            elif not stop or stop.save:
                 with log.clock("saving"):
                     self.writer.save({"step": self.step, **guard.state, **log.state()})
                 if is_push and self.writer.wait() and self.pusher:
                     self.pusher.start(checkpoints(recipe.out)[-1])
         if self.step % recipe.sample_every == 0 or is_last:
-            with log.clock("samples"):
+            with log.clock("samples"), log.optional("samples/"):
                 average, sampling = self.averages.nets[str(recipe.ema_decay[0])], self.bare.sampling(recipe.objective)
                 draw_samples(recipe, self.data, average, sampling, self.accelerator, self.step)
-                log.draw_curves()
+            log.draw_curves()
         return stop
 
     def publish(self, fault: str | None, trained: bool) -> None:
@@ -214,21 +255,24 @@ class Trainer:
         checkpoint.load_optimizer(self.start, self.bare, self.optimizer.optimizer)
         return read_json(self.start / "step.json")
 
-    def leave(self, stop: Stop | None) -> None:
+    def leave(self, stop: Stop | None) -> tuple[int, str]:
         accelerator, out = self.accelerator, self.recipe.out
+        code, reason = (stop.code, stop.reason) if stop else (0, "finished")
         if stop:
             where = f"saved after step {self.step}" if stop.save and self.saved else f"at step {self.step}, not saved"
             accelerator.print(f"{out}: {stop.reason}: {where}", file=sys.stderr)
         else:
             pipeline = " and pipeline/" if (out / "pipeline").exists() else ""
             accelerator.print(f"{out}: checkpoints, log.jsonl, loss.png, samples/{pipeline}")
-        accelerator.end_training()
-        if self.lock:
-            self.lock.release()
-        if stop:
-            sys.exit(stop.code)
-        if not self.saved:
-            sys.exit(f"error: {out}: the last step could not be saved: make room, and give the same command again")
+        with self.log.optional("trackers"):
+            accelerator.end_training()
+        if self.loader.error:
+            raise self.loader.error
+        if not stop and not self.saved:
+            code, reason = FAILED, "the last step could not be saved"
+            advice = "make room, and give the same command again; --lr was too high if the weights are not finite"
+            accelerator.print(f"error: {out}: {reason}: {advice}", file=sys.stderr)
+        return code, reason
 
 
 def make_accelerator(recipe: TrainConfig) -> Accelerator:
@@ -237,6 +281,7 @@ def make_accelerator(recipe: TrainConfig) -> Accelerator:
     Raises:
         ValueError: the launch is not what it looks like, or FSDP is set up in a way that cannot work.
     """
+    world_size = environment_number("WORLD_SIZE", 1)
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         fact = "accelerate launch was asked for several processes and started one"
         raise ValueError(f"{fact}: add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml")
@@ -245,9 +290,10 @@ def make_accelerator(recipe: TrainConfig) -> Accelerator:
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")  # Accelerate has no field for its successor
     # Without views, DDP's buckets would hold a copy of the gradients. Buffers are constants, or statistics of batches.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp], **options)
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(f"{os.environ['WORLD_SIZE']} processes were launched that do not know of each other")
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.timeout))
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp, patience], **options)
+    if accelerator.num_processes != world_size:
+        raise ValueError(f"{world_size} processes were launched that do not know of each other")
     if accelerator.distributed_type == DistributedType.FSDP:
         prepare_sharding(accelerator)
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":

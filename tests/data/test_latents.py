@@ -150,7 +150,7 @@ def flip_a_byte(path: Path) -> None:
             r"data-00002.arrow is damaged: it has \d+ bytes, and had \d+",
         ),
         (lambda folder: (folder / "data-00000.arrow").unlink(), "data-00000.arrow is missing"),
-        (lambda folder: (folder / "latents.json").write_text("{"), "latents.json is damaged"),
+        (lambda folder: (folder / "latents.json").write_text("{"), "latents.json is missing or damaged"),
         (lambda folder: (folder / "latents.json").unlink(), "has no latents.json"),
     ],
 )

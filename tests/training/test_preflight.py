@@ -13,6 +13,7 @@ from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.data.base import InMemory
 from meanflow.data.latents import Latents
 from meanflow.data.sources import load_data
+from meanflow.training.checkpoint import choose_checkpoint
 from meanflow.training.preflight import checkpoint_bytes, gib, make_net, memory, preflight
 from meanflow.training.screen import render
 from meanflow.training.trainer import Trainer
@@ -94,9 +95,11 @@ def test_what_resumes_is_said(tmp_path):
     recipe = TrainConfig(out=tmp_path / "run", model="DiT-XS/4", steps=2, global_batch=4)
     data = load_data(recipe)
     assert "resumes   nothing: from fresh weights" in render(preflight(recipe, data, 1))
-    (tmp_path / "run/step-00000001").mkdir(parents=True)
-    (tmp_path / "run/step-00000001/step.json").write_text('{"step": 1}')
-    assert f"resumes   after step 1, from {tmp_path / 'run/step-00000001'}" in render(preflight(recipe, data, 1))
+    Trainer(replace(recipe, steps=1)).train()
+    start = choose_checkpoint(recipe)
+    assert f"resumes   after step 1, from {tmp_path / 'run/step-00000001'}" in render(
+        preflight(recipe, data, 1, start=start)
+    )
 
 
 def test_too_little_disk_for_the_checkpoints_is_refused(tmp_path, monkeypatch):

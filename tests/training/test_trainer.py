@@ -198,19 +198,21 @@ def test_folder_of_other_data_is_refused_and_moved_data_are_not(recipe, photos, 
     copied = shutil.copytree(photos, tmp_path / "elsewhere")
     train(replace(images, data=str(copied)))
     next(copied.rglob("*.jpg")).unlink()
-    with pytest.raises(ValueError, match="belongs to another recipe .the data's count 40 there, 39 here"):
+    with pytest.raises(ValueError, match="belongs to another recipe .data.json's count 40 there, 39 here"):
         train(replace(images, data=str(copied)))
 
 
-def test_unreadable_image_ends_the_run_with_one_line(recipe, photos, tmp_path, monkeypatch):
-    """With a loading process, too, which wraps its errors in a traceback."""
+@pytest.mark.parametrize("flag", ["--verify", "--no-verify"])
+def test_unreadable_image_ends_the_run_with_one_line(flag, recipe, photos, tmp_path, monkeypatch, capfd):
+    """By its header, and by a loading process, which wraps its errors in a traceback."""
     (tmp_path / "images/a").mkdir(parents=True)
     (tmp_path / "images/a/text.jpg").write_bytes(b"no image")
     flags = ["--data", str(tmp_path / "images"), "--resolution", "16", "--workers", "1", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr("sys.argv", ["recipe", *flags])
+    monkeypatch.setattr("sys.argv", ["recipe", *flags, flag])
     with pytest.raises(SystemExit) as error:
         run(replace(recipe, steps=1))
-    assert "text.jpg is no readable image" in error.value.code and "\n" not in error.value.code
+    shown = str(error.value.code) if flag == "--no-verify" else capfd.readouterr().err
+    assert shown.strip().splitlines()[-1].startswith(f"error: {tmp_path}/images/a/text.jpg is no readable image: ")
 
 
 def test_unknown_model_is_refused_before_a_folder_is_made(recipe):

@@ -1,0 +1,92 @@
+"""What every program here does: it ends with its launcher, and refuses bad input in one line."""
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from meanflow.files import Refusal
+
+REFUSED = 2  # exit code: the input has to be changed
+LAUNCHERS = "accelerate|torchrun|torch.distributed|elastic"  # words of their command lines
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+def environment_number(name: str, default: int) -> int:
+    """An environment variable that a launcher sets.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ValueError(f"the environment variable {name} must be a whole number, got {value}")
+    return int(value)
+
+
+def end_with_launcher() -> None:
+    """Makes the death of the launcher that started this process a SIGTERM to it; without a launcher, does nothing.
+
+    Otherwise a process that waits for the others would wait for ever, and keep its memory.
+    """
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        return
+    import psutil
+
+    parent = psutil.Process(os.getppid())
+    if not re.search(LAUNCHERS, " ".join(parent.cmdline())):
+        if parent.pid == 1 or parent.name() == "systemd":  # they adopt the processes of a launcher that has died
+            sys.exit("error: the launcher of this process has died")
+        return
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    else:
+        threading.Thread(target=end_after, args=(parent,), daemon=True).start()
+    if os.getppid() != parent.pid:
+        sys.exit("error: the launcher of this process has died")
+
+
+def end_after(parent) -> None:
+    parent.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Shared(Refusal):
+    """A refusal that every process raises, and of which the first one speaks."""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Ends the program with one line and code 2 where what is inside refuses its input.
+
+    torch's launcher would report each of several processes in some 40 lines: the one that speaks ends it, and its death
+    ends the others.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except SystemExit as end:  # tyro has spoken
+        if end.code != REFUSED:
+            raise
+        speaks = is_first
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+            raise
+        speaks = is_first or not isinstance(error, Shared)
+        if speaks:
+            print(f"error: {error or 'out of memory'}", file=sys.stderr, flush=True)
+    else:
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ and speaks and os.name != "nt":
+        os.kill(os.getppid(), signal.SIGUSR2)
+    elif not speaks:
+        time.sleep(5)
+    sys.exit(REFUSED)
