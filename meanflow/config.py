@@ -105,8 +105,9 @@ class MeanFlowConfig(ObjectiveConfig):
     channel_weights: tuple[float, ...] | Literal["inverse-variance"] | None = None
 
     def __post_init__(self) -> None:
-        shares = ("meanflow_ratio", "class_dropout_prob", "t_start", "t_end")
-        check_each(self, shares, lambda x: 0 <= x <= 1, "in [0, 1]")
+        check_each(
+            self, ("meanflow_ratio", "class_dropout_prob", "t_start", "t_end"), lambda x: 0 <= x <= 1, "in [0, 1]"
+        )
         super().__post_init__()
         check_each(self, ("P_std", "P_std_r", "norm_eps", "omega"), lambda x: x > 0, "> 0")
         check(self.norm_p >= 0, "norm_p", self.norm_p, ">= 0")
@@ -269,8 +270,7 @@ class TrainConfig:
         counts = ("log_every", "sample_every", "checkpoint_every", "global_batch", "accumulation_steps")
         check_each(self, (*counts, "keep", "max_skipped"), lambda x: x >= 1, ">= 1")
         check_each(self, ("warn_at", "halt_at"), lambda x: x > 1, "> 1")
-        not_negative = ("warmup_steps", "workers", "grace_steps", "weight_decay")
-        check_each(self, not_negative, lambda x: x >= 0, ">= 0")
+        check_each(self, ("warmup_steps", "workers", "grace_steps", "weight_decay"), lambda x: x >= 0, ">= 0")
         check_each(self, ("seed",), lambda x: 0 <= x < 2**32, "in [0, 2^32)")
         check_each(self, ("augment",), lambda x: 0 <= x <= 1, "in [0, 1]")
         check_each(self, ("betas", "ema_decay"), lambda xs: len(xs) > 0 and all(0 <= x < 1 for x in xs), "in [0, 1)")

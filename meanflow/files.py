@@ -13,6 +13,12 @@ class Refusal(ValueError):
     """What is wrong with an input, in one line that names it."""
 
 
+def ensure(ok: bool, words: str) -> None:
+    """Refuses an input that is not ok, with these words."""
+    if not ok:
+        raise Refusal(words)
+
+
 def read_json(path: Path, **kinds: type) -> dict:
     """The JSON object in a file.
 

@@ -12,6 +12,12 @@ UFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 Cond = dict[str, Tensor]  # conditions that go to the network by keyword, each (B, ...)
 
 
+def ensure(ok: bool, words: str) -> None:
+    """Refuses an argument that is not ok, with these words."""
+    if not ok:
+        raise ValueError(words)
+
+
 def expand(t: Tensor, z: Tensor) -> Tensor:
     """t, (B,), as (B, 1, ...) with as many axes as z."""
     return t.view(-1, *[1] * (z.ndim - 1))
@@ -40,11 +46,10 @@ def sample(u_fn: UFn, e: Tensor, num_steps: int = 1, grid: Sequence[float] | Non
     Raises:
         ValueError: num_steps < 1, or a grid that does not fall.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be >= 1, got {num_steps}")
+    ensure(num_steps >= 1, f"num_steps must be >= 1, got {num_steps}")
     grid = [1 - i / num_steps for i in range(num_steps + 1)] if grid is None else list(grid)
-    if len(grid) < 2 or not (1 >= grid[0] and grid[-1] >= 0 and all(t > r for t, r in zip(grid, grid[1:]))):
-        raise ValueError(f"grid must fall within [0, 1], got {grid}")
+    falls = len(grid) >= 2 and all(t > r for t, r in zip(grid, grid[1:]))
+    ensure(falls and grid[0] <= 1 and grid[-1] >= 0, f"grid must fall within [0, 1], got {grid}")
     z, ones = e, torch.ones(e.shape[:1], dtype=torch.promote_types(e.dtype, torch.float32), device=e.device)
     for t, r in zip(grid, grid[1:]):
         z = z - (t - r) * u_fn(z, t * ones, r * ones)

@@ -5,7 +5,7 @@ import torch
 from tqdm import tqdm
 
 from meanflow.config import check
-from meanflow.files import Refusal
+from meanflow.files import Refusal, ensure
 from meanflow.noise import generator
 from meanflow.pictures import middle_slices
 
@@ -78,8 +78,7 @@ class Data:
             x = (self.encode(*x) if isinstance(x, tuple) else x)[0].double().flatten(1)
             sums += torch.stack([x.mean(dim=1), x.square().mean(dim=1)]) / len(rows)
         variance = sums[1] - sums[0] ** 2
-        if not (variance > 0).all():
-            raise ValueError(f"channel_weights: a channel is constant, the variances are {variance.tolist()}")
+        ensure(variance.min() > 0, f"channel_weights: a channel is constant, the variances are {variance.tolist()}")
         return variance
 
 
@@ -99,8 +98,7 @@ class InMemory(Data):
             raise ValueError(f"classes must be in [0, {num_classes}), got {y.min()} to {y.max()}")
         self.x, self.y, self.num_classes = x, y, num_classes
         self.shape = tuple(x.shape[1:])
-        classes = [str(label) for label in range(num_classes)]
-        self.metadata = {"count": len(x), "classes": classes, "latents": latents}
+        self.metadata = {"count": len(x), "classes": list(map(str, range(num_classes))), "latents": latents}
 
     def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[torch.Tensor, dict]:
         return self.x[indices], {"y": self.y[indices]} if self.num_classes else {}

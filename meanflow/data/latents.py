@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from meanflow.config import check
 from meanflow.data.base import Data
 from meanflow.data.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_metadata
-from meanflow.files import Refusal, checksum, errors_as, read_json
+from meanflow.files import checksum, ensure, errors_as, read_json
 
 LATENTS = "latents.json"
 
@@ -42,11 +43,10 @@ def read_metadata(folder: Path) -> dict:
     with errors_as(f"{folder / LATENTS} is damaged"):
         metadata = read_json(folder / LATENTS, shape=list, classes=list, count=int, shards=list)
         for shard in metadata["shards"]:
-            path, size = folder / shard["file"], shard["bytes"]
-            if not path.is_file():
-                raise Refusal(f"{path} is missing")
-            if path.stat().st_size != size:
-                raise Refusal(f"{path} is damaged: it has {path.stat().st_size} bytes, and had {size}")
+            path = folder / shard["file"]
+            ensure(path.is_file(), f"{path} is missing")
+            size, noted = path.stat().st_size, shard["bytes"]
+            ensure(size == noted, f"{path} is damaged: it has {size} bytes, and had {noted}")
     return metadata
 
 
@@ -67,15 +67,13 @@ def check_expected(folder: Path, metadata: dict, recipe) -> None:
     # Wherever a VAE lies, its weights decide. (Random latents are nobody's.)
     if metadata["vae_sha256"] and recipe.vae and Path(recipe.vae).expanduser().is_dir():
         weights = fingerprint(load_vae(recipe.vae))
-        if weights != metadata["vae_sha256"]:
-            there = f"weights of SHA-256 {metadata['vae_sha256'][:12]}..., not {weights[:12]}..."
-            raise Refusal(f"{folder} was made by another VAE than {recipe.vae}: by {metadata['vae']}, with {there}")
+        maker = f"{metadata['vae']}, with weights of SHA-256 {metadata['vae_sha256'][:12]}..., not {weights[:12]}..."
+        ensure(weights == metadata["vae_sha256"], f"{folder} was made by another VAE than {recipe.vae}: by {maker}")
     elif metadata["vae"] != recipe.vae:
         wrong.insert(0, "vae")
-    if wrong:
-        diff = ", ".join(f"{name} {metadata[name]} there, {getattr(recipe, name)} here" for name in wrong)
-        flags = " ".join(f"--{name.replace('_', '-')} {metadata[name]}" for name in wrong)
-        raise Refusal(f"{folder} holds latents of other settings ({diff}): make them anew, or say {flags}")
+    diff = ", ".join(f"{name} {metadata[name]} there, {getattr(recipe, name)} here" for name in wrong)
+    flags = " ".join(f"--{name.replace('_', '-')} {metadata[name]}" for name in wrong)
+    ensure(not wrong, f"{folder} holds latents of other settings ({diff}): make them anew, or say {flags}")
 
 
 class LatentSpace(Data):
@@ -190,8 +188,7 @@ class EncodedImages(LatentSpace):
             raise ValueError("normalization must be scale without a cache, which has the statistics, got channel")
         vae = load_vae(recipe.vae)
         shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-        if scale != recipe.scaling_factor:
-            raise ValueError(f"scaling_factor must be that of {recipe.vae}, {scale}, got {recipe.scaling_factor}")
+        check(scale == recipe.scaling_factor, "scaling_factor", recipe.scaling_factor, f"that of {recipe.vae}, {scale}")
         self.images, self.num_classes = images, images.num_classes
         self.shape = latent_shape(vae, recipe.resolution)
         metadata = {**images.metadata, **vae_metadata(vae, recipe.vae), "normalization": recipe.normalization}

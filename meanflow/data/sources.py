@@ -10,6 +10,7 @@ from meanflow.data.base import Data, InMemory, check_fits
 from meanflow.data.images import ImageFiles, check_source
 from meanflow.data.latents import EncodedImages, Latents, is_cache
 from meanflow.data.volumes import Volumes, has_volumes, shapes
+from meanflow.files import ensure
 
 
 def load_data(recipe) -> Data:
@@ -32,8 +33,7 @@ def open_data(recipe) -> Data:
     """Tries one kind of data after the other: built-in ones, a latent cache, volumes, images."""
     folder = Path(recipe.data).expanduser()
     are_volumes = recipe.resolution is None and has_volumes(folder)
-    if recipe.data != "digits" and recipe.subset:
-        raise ValueError(f"subset is for digits, got data {recipe.data}")
+    ensure(recipe.data == "digits" or not recipe.subset, f"subset is for digits, got data {recipe.data}")
     for name in ("vae", "flip"):
         value = getattr(recipe, name)
         if value and (are_volumes or recipe.data in ("digits", "shapes")):
@@ -50,8 +50,7 @@ def open_data(recipe) -> Data:
         return Latents(folder, recipe)
     if are_volumes:
         return Volumes(folder)
-    if recipe.resolution is None:
-        raise ValueError(f"resolution must be given for images, got None, and {folder} is no folder with volumes")
+    ensure(recipe.resolution, f"resolution must be given for images, got None, and {folder} is no folder with volumes")
     check_fits(12 * 3 * recipe.resolution**2, "resolution", recipe.resolution)
     images = ImageFiles(recipe.data, recipe.resolution, flip=recipe.flip, crop=recipe.crop)
     return images if recipe.vae is None else EncodedImages(images, recipe)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from meanflow.config import check
 from meanflow.fetch import fetch
 from meanflow.files import errors_as, read_json
 
@@ -44,8 +45,7 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
         ValueError: the VAE does not divide the resolution.
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if resolution % factor:
-        raise ValueError(f"resolution must be a multiple of the VAE's {factor}, got {resolution}")
+    check(resolution % factor == 0, "resolution", resolution, f"a multiple of the VAE's {factor}")
     return vae.config.latent_channels, resolution // factor, resolution // factor
 
 

@@ -8,7 +8,7 @@ from string import Template
 import torch
 
 from meanflow.config import FREE_ON_RESUME, flatten
-from meanflow.files import checksum, checksums, errors_as, read_json, write_json
+from meanflow.files import checksum, checksums, ensure, errors_as, read_json, write_json
 from meanflow.pictures import middle_slices, save_grid
 from meanflow.publishing.checkpoints import CHECKSUMS, checkpoints, find_checkpoint, load_pipeline, saved_step
 
@@ -29,9 +29,8 @@ def export(source: Path, out: Path, ema=None, variants=(), license="other", data
     known = read_json(out / CHECKSUMS) if (out / CHECKSUMS).exists() else {}
     files = (path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     foreign = next((name for name in files if name not in known or checksum(out / name) != known[name]), None)
-    if foreign:
-        words = f"{out} holds something else than an exported model, such as {foreign}"
-        raise ValueError(f"{words}: choose another folder, or move that file away")
+    found = f"{out} holds something else than an exported model, such as {foreign}"
+    ensure(foreign is None, f"{found}: choose another folder, or move that file away")
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

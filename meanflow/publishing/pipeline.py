@@ -17,7 +17,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from meanflow.noise import noise
-from meanflow.sampler import SOLVERS, STEPS, average_velocity, cfg
+from meanflow.sampler import SOLVERS, STEPS, average_velocity, cfg, ensure
 
 
 class MeanFlowPipeline(DiffusionPipeline):
@@ -73,24 +73,20 @@ class MeanFlowPipeline(DiffusionPipeline):
                 near = near or list(map(repr, difflib.get_close_matches(label, names, n=3)))
                 hint = f": is it {' or '.join(near)}?" if near else ""
                 raise ValueError(f"{'several classes are' if found else 'no class'} {label!r}{hint}")
-            if not 0 <= found[0] < self.num_classes:
-                raise ValueError(f"class must be in [0, {self.num_classes}), got {found[0]}")
+            ensure(0 <= found[0] < self.num_classes, f"class must be in [0, {self.num_classes}), got {found[0]}")
             ids += found
         return ids
 
     def check_choice(self, solver: str, guidance_scale: float | None) -> None:
         """Raises a ValueError where a solver or a scale cannot mean what one hopes; it says what to do instead."""
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver}")
+        ensure(solver in SOLVERS, f"solver must be one of {', '.join(SOLVERS)}, got {solver}")
         if solver == "meanflow" and self.sampling.solver != "meanflow":
             raise ValueError("solver meanflow cannot sample a network of plain flow matching: use euler with 50 steps")
         if guidance_scale is None:
             return
         trained, scale = self.sampling.guidance_scale, f"guidance_scale {guidance_scale:g}"
-        if not 0 <= guidance_scale < math.inf:
-            raise ValueError(f"{scale} must be a finite number >= 0")
-        if not self.num_classes:
-            raise ValueError(f"{scale} needs classes, and this network has none: leave it out")
+        ensure(0 <= guidance_scale < math.inf, f"{scale} must be a finite number >= 0")
+        ensure(self.num_classes > 0, f"{scale} needs classes, and this network has none: leave it out")
         if trained is not None and abs(guidance_scale - trained) > 1e-3 * trained:
             fact = f"guidance is trained into this network, at scale {trained:.4g}, and costs nothing"
             raise ValueError(f"{fact}; {guidance_scale:g} cannot be had by sampling: leave it out, or train with it")
@@ -119,14 +115,12 @@ class MeanFlowPipeline(DiffusionPipeline):
         device, known = self._execution_device, self.condition_names()
         given = {name: torch.atleast_1d(torch.as_tensor(value, device=device)) for name, value in (cond or {}).items()}
         for name, value in given.items():
-            if name not in known:
-                raise ValueError(f"cond {name} is not known to this network, which takes {', '.join(known) or 'none'}")
+            ensure(name in known, f"cond {name} is not known to this network, which takes {', '.join(known) or 'none'}")
             if len(value) not in (1, batch_size):
                 raise ValueError(f"cond {name} must be 1 value, or {batch_size} for as many images, got {len(value)}")
             given[name] = value.expand(batch_size, *value.shape[1:])
         missing = [name for name in self.condition_names(required=True) if name not in given]
-        if missing:
-            raise ValueError(f"cond must have {', '.join(missing)}: this network cannot do without")
+        ensure(not missing, f"cond must have {', '.join(missing)}: this network cannot do without")
         if class_labels is not None:
             given["y"] = torch.tensor(self.class_ids(class_labels), device=device)
         return given
@@ -175,8 +169,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             raise ValueError(f"generator must be one, or {batch_size}, got {len(generator)}")
         shape, device = (batch_size, *self.shape), self._execution_device
         e = randn_tensor(shape, generator, device) if latents is None else latents.to(device)
-        if tuple(e.shape) != shape:
-            raise ValueError(f"latents must be {shape}, got {tuple(e.shape)}")
+        ensure(tuple(e.shape) == shape, f"latents must be {shape}, got {tuple(e.shape)}")
         scale = 1.0 if guidance_scale is None or self.sampling.guidance_scale is not None else guidance_scale
 
         with self.progress_bar(total=num_inference_steps * {"heun": 2, "rk4": 4}.get(solver, 1)) as bar:
