@@ -44,17 +44,14 @@ def jvp(fn: Callable, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...])
     with torch.autograd.forward_ad.dual_level():
         # Some releases of torch cannot compile views as dual inputs: hence contiguous().
         duals = [join(p.contiguous(), d.detach().contiguous()) for p, d in zip(primals, tangents)]
-        with SharedPrimal(), eager():
+        # A compiled network's own code would lose the tangents without an error.
+        uncompiled = nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
+        with SharedPrimal(), uncompiled:
             out = fn(*duals)
         out = tree_map_only(Tensor, split, out)
         u = tree_map_only(Dual, lambda x: x.p, out, is_leaf=is_dual)
         du = tree_map_only(Dual, lambda x: torch.zeros_like(x.p) if x.d is None else x.d.detach(), out, is_leaf=is_dual)
         return u, du
-
-
-def eager() -> Any:
-    """Runs compiled networks without their compiled code, which would lose the tangents without an error."""
-    return nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
 
 
 def support_fsdp2() -> None:
@@ -387,19 +384,13 @@ def attention_tangent(q, dq, out, k, v, dk, dv) -> Tensor:
 # By name: torch.compile cannot look up the functions themselves. A name stands for a function of torch, of
 # torch.nn.functional and for the method of Tensor, which take the same arguments in the same order.
 RULES: dict[str, Callable] = {
-    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d"), affine),
+    **{rule.__name__: rule for rule in (gelu, silu, layer_norm, group_norm, cat)},
     "scaled_dot_product_attention": attention,
-    "gelu": gelu,
-    "silu": silu,
-    "layer_norm": layer_norm,
-    "group_norm": group_norm,
-    "cat": cat,
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d"), affine),
     **dict.fromkeys(("add", "__add__", "__radd__"), add),
     **dict.fromkeys(("mul", "__mul__", "__rmul__"), multiply),
     **dict.fromkeys(("matmul", "bmm"), bilinear),
-    **dict.fromkeys(("reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze"), linear_in_first),
-    **dict.fromkeys(
-        ("permute", "transpose", "unbind", "chunk", "to", "__getitem__", "contiguous", "interpolate"), linear_in_first
-    ),
+    **dict.fromkeys(("reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous"), linear_in_first),
+    **dict.fromkeys(("permute", "transpose", "unbind", "chunk", "__getitem__", "to", "interpolate"), linear_in_first),
     **dict.fromkeys(("div", "__truediv__"), linear_in_first),
 }

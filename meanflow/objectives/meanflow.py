@@ -51,8 +51,7 @@ class MeanFlow(Objective):
 
     def __init__(self, net: nn.Module, config: MeanFlowConfig):
         super().__init__(net, config)
-        are_numbers = isinstance(config.channel_weights, (tuple, list))
-        weights = torch.tensor(config.channel_weights) if are_numbers else None
+        weights = torch.tensor(config.channel_weights) if isinstance(config.channel_weights, (tuple, list)) else None
         self.register_buffer("channel_weights", weights, persistent=False)
 
     def prepare(self, data) -> None:
@@ -95,8 +94,7 @@ class MeanFlow(Objective):
             metrics["du_dt"] = du_dt.flatten(1).norm(dim=1).mean()
 
         squared_error = (u - u_tgt).square()
-        loss = self.weighted_loss(squared_error)
-        return Output(loss, {**metrics, **raw_losses(squared_error.detach(), k)})
+        return Output(self.weighted_loss(squared_error), {**metrics, **raw_losses(squared_error.detach(), k)})
 
     def weighted_loss(self, squared_error: Tensor) -> Tensor:
         """The mean over the batch of the adaptively weighted squared error, sec. 4.3; squared_error is (B, C, *S)."""

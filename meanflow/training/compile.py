@@ -25,9 +25,8 @@ def compile_objective(objective: Objective, backend: str = "inductor", **options
         # activations in another memory format than the region's backward expects (seen with torch 2.15).
         options |= {"allow_buffer_reuse": False, "layout_optimization": False}
     torch._dynamo.config.optimize_ddp = False  # which would cut the graph at DDP's buckets, and cannot cut it here
-    objective.compile(
-        backend=backend, fullgraph=True, dynamic=False, options=options if backend == "inductor" else None
-    )
+    options = options if backend == "inductor" else None
+    objective.compile(backend=backend, fullgraph=True, dynamic=False, options=options)
 
 
 def can_compile(accelerator) -> bool:
