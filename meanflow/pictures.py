@@ -33,14 +33,13 @@ def middle_slices(x: torch.Tensor) -> torch.Tensor:
 def save_curves(log: list[dict], path: Path) -> None:
     """Draws the raw losses of log.jsonl over the steps, logarithmically; the loss, if there are no raw losses."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
-    from matplotlib import ticker
-    from matplotlib.figure import Figure
+    from matplotlib import figure, ticker
 
     curves, unit = {"raw_loss": "all", "raw_loss_flow": "r = t", "raw_loss_meanflow": "r ≠ t"}, "raw loss"
     if not any("raw_loss" in line for line in log):
         curves, unit = {"loss": "all"}, "loss"
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    picture = figure.Figure(figsize=(8, 5), layout="constrained")
+    axes = picture.subplots()
     for name, label in curves.items():
         points = [(line["step"], line[name]) for line in log if name in line]
         axes.plot(*zip(*points), label=label, linewidth=2 if label == "all" else 1)
@@ -53,4 +52,4 @@ def save_curves(log: list[dict], path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        picture.savefig(temporary, dpi=120)

@@ -143,29 +143,28 @@ class UNetCifar(ModelMixin, ConfigMixin):
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         sides = [img_resolution >> level for level in range(len(channel_mult))]
         levels = [(f"{side}x{side}", model_channels * mult) for side, mult in zip(sides, channel_mult)]
-        width, widths = model_channels, []  # of what the decoder gets from the encoder
+        (first, _), (last, _) = levels[0], levels[-1]
+        self.enc[f"{first}_conv"] = Conv(in_channels, model_channels, 3)
+        widths = [model_channels]  # of what the encoder's layers return
         for name, level_width in levels:
-            if name == levels[0][0]:
-                self.enc[f"{name}_conv"] = Conv(in_channels, width, 3)
-            else:
-                self.enc[f"{name}_down"] = block(width, width, resample="down")
-            widths.append(width)
+            if name != first:
+                self.enc[f"{name}_down"] = block(widths[-1], widths[-1], resample="down")
+                widths.append(widths[-1])
             for i in range(num_blocks):
-                self.enc[f"{name}_block{i}"] = block(width, level_width, attention=name == "16x16")
-                width = level_width
-                widths.append(width)
+                self.enc[f"{name}_block{i}"] = block(widths[-1], level_width, attention=name == "16x16")
+                widths.append(level_width)
+        width = widths[-1]
+        self.dec[f"{last}_in0"] = block(width, width, attention=True)
+        self.dec[f"{last}_in1"] = block(width, width)
         for name, level_width in reversed(levels):
-            if name == levels[-1][0]:
-                self.dec[f"{name}_in0"] = block(width, width, attention=True)
-                self.dec[f"{name}_in1"] = block(width, width)
-            else:
+            if name != last:
                 self.dec[f"{name}_up"] = block(width, width, resample="up")
             for i in range(num_blocks + 1):
                 attention = name == "16x16" and i == num_blocks
                 self.dec[f"{name}_block{i}"] = block(width + widths.pop(), level_width, attention=attention)
                 width = level_width
-        self.dec[f"{levels[0][0]}_aux_norm"] = group_norm(width)
-        self.dec[f"{levels[0][0]}_aux_conv"] = Conv(width, out_channels, 3, gain=1e-5)
+        self.dec[f"{first}_aux_norm"] = group_norm(width)
+        self.dec[f"{first}_aux_conv"] = Conv(width, out_channels, 3, gain=1e-5)
 
     def forward(self, z: Tensor, t: Tensor, h: Tensor, y: Tensor | None = None, augment_labels: Tensor | None = None):
         """The average velocity over [t - h, t], like z.

@@ -9,7 +9,6 @@ The moments are the VAE's own, neither shifted nor scaled. tools/cache_latents.p
 """
 
 import bisect
-import itertools
 import sys
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from meanflow.config import check
 from meanflow.data.base import Data
 from meanflow.data.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_metadata
 from meanflow.files import checksum, ensure, errors_as, read_json
@@ -145,7 +143,7 @@ class Latents(LatentSpace):
                 self.moments.append(column.to_numpy().reshape(-1, *metadata["shape"]))
                 labels.append(table["label"].to_numpy())
         self.labels = torch.from_numpy(np.concatenate(labels)).long()
-        self.ends = list(itertools.accumulate(map(len, labels)))
+        self.ends = np.cumsum([len(part) for part in labels]).tolist()
         highest = int(self.labels.max()) if self.num_classes else -1
         if self.ends[-1] != metadata["count"] or highest >= self.num_classes:
             found = f"the shards have {self.ends[-1]} latents and the label {highest}"
@@ -188,7 +186,8 @@ class EncodedImages(LatentSpace):
             raise ValueError("normalization must be scale without a cache, which has the statistics, got channel")
         vae = load_vae(recipe.vae)
         shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-        check(scale == recipe.scaling_factor, "scaling_factor", recipe.scaling_factor, f"that of {recipe.vae}, {scale}")
+        if scale != recipe.scaling_factor:
+            raise ValueError(f"scaling_factor must be that of {recipe.vae}, {scale}, got {recipe.scaling_factor}")
         self.images, self.num_classes = images, images.num_classes
         self.shape = latent_shape(vae, recipe.resolution)
         metadata = {**images.metadata, **vae_metadata(vae, recipe.vae), "normalization": recipe.normalization}

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from meanflow.config import check
 from meanflow.data.base import Data, InMemory, check_fits
@@ -61,16 +60,15 @@ def digits(resolution: int = 8) -> tuple[InMemory, InMemory]:
 
     At another resolution they are scaled bilinearly.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    from sklearn import datasets, model_selection
 
-    data = load_digits()
+    data = datasets.load_digits()
     check_fits(4 * len(data.images) * resolution**2, "resolution", resolution)
     x, y = torch.from_numpy(data.images[:, None] / 8 - 1).float(), torch.from_numpy(data.target).long()
     if resolution != 8:
-        x = F.interpolate(x, (resolution, resolution), mode="bilinear", align_corners=False)
-    train, held_out = train_test_split(range(len(y)), test_size=0.25, stratify=data.target, random_state=0)
-    return InMemory(x[train], y[train], 10), InMemory(x[held_out], y[held_out], 10)
+        x = torch.nn.functional.interpolate(x, (resolution, resolution), mode="bilinear", align_corners=False)
+    train, test = model_selection.train_test_split(range(len(y)), test_size=0.25, stratify=data.target, random_state=0)
+    return InMemory(x[train], y[train], 10), InMemory(x[test], y[test], 10)
 
 
 def subset(images: InMemory, size: tuple[int, int]) -> InMemory:

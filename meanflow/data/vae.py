@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from meanflow.config import check
 from meanflow.fetch import fetch
-from meanflow.files import errors_as, read_json
+from meanflow.files import ensure, errors_as, read_json
 
 
 def load_vae(name: str) -> AutoencoderKL:
@@ -45,7 +44,7 @@ def latent_shape(vae: AutoencoderKL, resolution: int) -> tuple[int, int, int]:
         ValueError: the VAE does not divide the resolution.
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    check(resolution % factor == 0, "resolution", resolution, f"a multiple of the VAE's {factor}")
+    ensure(resolution % factor == 0, f"resolution must be a multiple of the VAE's {factor}, got {resolution}")
     return vae.config.latent_channels, resolution // factor, resolution // factor
 
 

@@ -28,12 +28,12 @@ class Volumes(Data):
 
     def __init__(self, folder: Path):
         self.files = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
-        for path in self.files:
+        first, *others = self.files
+        self.shape = volume(first, shape_only=True)
+        check(len(self.shape) == 4 and 0 not in self.shape, f"{first}: a volume", self.shape, "(C, D, H, W)")
+        for path in others:
             shape = volume(path, shape_only=True)
-            self.shape = shape if path == self.files[0] else self.shape
-            if len(shape) != 4 or shape != self.shape or 0 in shape:
-                first = f"like {self.files[0].name}, {self.shape}" if path != self.files[0] else "(C, D, H, W)"
-                raise ValueError(f"{path}: a volume must be {first}, got {shape}")
+            check(shape == self.shape, f"{path}: a volume", shape, f"like {first.name}, {self.shape}")
         self.metadata = {"source": str(folder), "count": len(self.files), "classes": []}
         self.metadata["fingerprint"] = fingerprint(self.files)
 

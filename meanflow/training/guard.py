@@ -33,8 +33,7 @@ class HostCopy:
         self.copy, self.arrived = tensor, None
         if tensor.is_cuda:
             self.copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            self.arrived = torch.cuda.current_stream().record_event()
 
     def read(self) -> list[float]:
         if self.arrived is not None:
@@ -97,11 +96,8 @@ class Guard:
             return None
         skipped, number, unreadable, *raw_loss = self.seen.read()
         self.seen = None
-        if skipped or not math.isfinite(sum(raw_loss)):
-            stop = self.count_skipped()
-        else:
-            self.in_a_row = 0
-            stop = self.watch(raw_loss)
+        is_finite = not skipped and math.isfinite(sum(raw_loss))
+        stop = self.watch(raw_loss) if is_finite else self.count_skipped()
         if stop is None and unreadable:
             return Stop(FAILED, "the data of the next step cannot be read", True)
         if stop is None and number:
@@ -119,6 +115,7 @@ class Guard:
     def watch(self, raw_loss: list[float]) -> Stop | None:
         """Compares each channel's raw loss with its running level, and this level with the lowest; updates both."""
         recipe, level = self.recipe, self.level or raw_loss
+        self.in_a_row = 0
         is_watching = self.observed >= recipe.grace_steps
         self.observed += 1
         jump, words = largest_ratio("raw loss", raw_loss, "its running level", level)

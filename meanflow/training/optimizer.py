@@ -47,12 +47,8 @@ def set_rates(optimizer: torch.optim.Optimizer, recipe, step: int, total: int) -
         group["lr"] = learning_rate(recipe, step, total, group["initial_lr"])
 
 
-def learning_rate(recipe, step: int, total: int, lr: float | None = None) -> float:
-    """The rate of optimiser step `step`, counted from 0: a linear warm-up to lr, then the schedule, which ends at 0.
-
-    lr: of a group of parameters; default: the recipe's.
-    """
-    lr = recipe.lr if lr is None else lr
+def learning_rate(recipe, step: int, total: int, lr: float) -> float:
+    """The rate of optimiser step `step`, counted from 0: a linear warm-up to lr, then the schedule, which ends at 0."""
     if step < recipe.warmup_steps:
         return lr * (step + 1) / (recipe.warmup_steps + 1)
     done = (step - recipe.warmup_steps) / max(1, total - recipe.warmup_steps)

@@ -2,12 +2,10 @@
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.data.loader import SlotBatches, SlotData
-from meanflow.training import preflight
-from meanflow.training.preflight import Plan, gib
+from meanflow.training.preflight import Plan, checkpoint_bytes, gib, memory
 
 # Multiplications and additions per second, dense, by NVIDIA's data sheets: in bfloat16, TF32 and float32.
 PEAK_FLOPS = {"a100": (312e12, 156e12, 19.5e12), "h100": (989e12, 494e12, 67e12), "h200": (989e12, 494e12, 67e12)}
@@ -35,7 +33,7 @@ def count(plan: Plan) -> tuple[int, int, list[bool]]:
         objective = plan.objective(net, recipe.objective).train()
     objective.prepare(plan.data)  # it looks at values
     with without_computing, FlopCounterMode(display=False) as counter:
-        with precision, saved_tensors_hooks(keep, lambda x: x):
+        with precision, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = objective(batch._replace(x=torch.zeros(len(slots), *plan.data.shape)), 0).loss
         weights = {p.untyped_storage()._cdata for p in net.parameters()}
         size = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
@@ -50,12 +48,12 @@ def render(plan: Plan) -> str:
     step = flops * recipe.global_batch // plan.micro_batch
     rate = PEAK_FLOPS[recipe.plan[0]][0 if recipe.mixed_precision == "bf16" else 1 if recipe.tf32 else 2]
     hours = step * plan.total / (MFU * rate) / 3600
-    whole, sharded = (sum(preflight.memory(recipe, plan.net, shards).values()) for shards in (1, n))
+    whole, sharded = (sum(memory(recipe, plan.net, shards).values()) for shards in (1, n))
     # A ring sends (n - 1) / n of what it gathers or sums. Guidance's forward has no backward, which gathers again.
     ring, num_gathers = (n - 1) / n, len(forwards) + sum(forwards)
     gathered = weights // 2 if recipe.mixed_precision == "bf16" else weights
     sharded_traffic = ring * (gathered * num_gathers * recipe.accumulation_steps + weights)
-    size = preflight.checkpoint_bytes(recipe, plan.net)
+    size = checkpoint_bytes(recipe, plan.net)
     lines = {
         "FLOPs": f"{flops / plan.micro_batch:.3e} a sample, {step:.3e} a step, {step * plan.total:.3e} in all",
         "time": f"{hours:,.1f} {recipe.plan[0].upper()}-hours, {hours / n:,.1f} hours on {n}, at {MFU:.0%} MFU",
