@@ -13,7 +13,6 @@ from statistics import NormalDist
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._guards import active_fake_mode
 
 from meanflow.config import MeanFlowConfig
 from meanflow.noise import generator
@@ -22,7 +21,7 @@ from meanflow.objectives.guidance import GuidedRows
 
 def can_look_at(x: Tensor) -> bool:
     """Whether x has values that can be read without a host sync: not on an accelerator, nor while a step is traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and active_fake_mode() is None
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and torch._guards.active_fake_mode() is None
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ def sample_times(config: MeanFlowConfig, normals: Tensor, interval: Tensor) -> t
     CIFAR-10 code: t is drawn by itself and r = min(t, r), so that some of the chosen rows have r = t all the same. In
     the other rows r = t either way.
     """
-    laws = zip(logit_laws(config), normals.unbind(1))
-    t, r = ((mean + std * normal).sigmoid() for (mean, std), normal in laws)
+    t, r = ((mean + std * normal).sigmoid() for (mean, std), normal in zip(logit_laws(config), normals.unbind(1)))
     if config.time_sampler == "v0":
         t, r = torch.maximum(t, r), torch.minimum(t, r)
     if config.prediction == "x":

@@ -252,20 +252,17 @@ RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 DROPOUT_P = 4  # the place of dropout_p among the arguments of scaled_dot_product_attention
 
 
-def runs_once(name: str) -> bool:
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ONCE or "dropout" in name or name.startswith(("rand", "fractional"))
-
-
 def must_run_once(func: Callable, args: tuple, kwargs: dict) -> bool:
     """Whether a call must not run a second time for its tangent: it is random, or it changes a tensor."""
-    if func.__name__ in RECURRENT:
+    name = func.__name__
+    if name in RECURRENT:
         return all(args[5:7])  # dropout between the layers, and training
     if func is F.scaled_dot_product_attention:
         dropout_p = args[DROPOUT_P] if len(args) > DROPOUT_P else kwargs.get("dropout_p", 0.0)
         return dropout_p > 0
-    writes = kwargs.get("inplace", False) or kwargs.get("out") is not None
-    return writes or runs_once(func.__name__)
+    in_place = kwargs.get("inplace", False) or (name.endswith("_") and not name.endswith("__"))
+    is_random = "dropout" in name or name.startswith(("rand", "fractional"))
+    return name in ONCE or in_place or is_random or kwargs.get("out") is not None
 
 
 def forward_mode(func: Callable, out: Any, *args, **kwargs) -> Any:

@@ -12,8 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import DiffusionPipeline, ImagePipelineOutput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from meanflow.noise import noise
@@ -201,8 +200,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, **options)
         folder = Path(save_directory)
         name, network = network_file(type(self.net))
-        for source, target in ((inspect.getfile(cfg), "sampler.py"), (inspect.getfile(noise), "noise.py")):
-            shutil.copyfile(source, folder / target)
+        shutil.copyfile(inspect.getfile(cfg), folder / "sampler.py")
+        shutil.copyfile(inspect.getfile(noise), folder / "noise.py")
         shutil.copyfile(network, folder / f"net/{name}.py")
         # The copy finds its two companions beside it, instead of in the package.
         code = Path(__file__).read_text().replace("\nfrom meanflow.", "\nfrom .")

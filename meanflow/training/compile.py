@@ -5,16 +5,15 @@ import sys
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 
-from meanflow.objectives.base import Objective
 
-
-def compile_objective(objective: Objective, backend: str = "inductor", **options) -> None:
+def compile_objective(objective, backend: str = "inductor", **options) -> None:
     """From now on objective(batch, step) is one graph of torch.compile; the first call compiles it.
 
     A value that it reads, such as step, is part of the graph: another one compiles another graph, and 8 are allowed.
     Blocks whose forward is a torch.compiler.nested_compile_region are compiled once for all of them.
 
     Args:
+        objective: an Objective.
         options: of inductor.
     Raises:
         TorchDynamoException: at the first call, where the objective or its network cannot be compiled.

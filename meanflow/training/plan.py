@@ -1,7 +1,6 @@
 """What a big run will cost on GPUs that are not here: --dry-run --plan h100 64."""
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.data.loader import SlotBatches, SlotData
@@ -24,7 +23,7 @@ def count(plan: Plan) -> tuple[int, int, list[bool]]:
         return x
 
     precision = torch.autocast("cpu", torch.bfloat16, enabled=recipe.mixed_precision == "bf16")
-    without_computing = FakeTensorMode(allow_non_fake_inputs=True)
+    without_computing = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
     with without_computing:
         net = type(plan.net).from_config(plan.net.config)
         net.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
