@@ -50,8 +50,7 @@ class TimestepEmbedder(nn.Module):
         # du_dt sees this path's rounding amplified, and the path costs next to nothing.
         with torch.autocast(t.device.type, enabled=False):
             angle = t[:, None] * self.frequency
-            features = torch.cat([angle.cos(), angle.sin()], dim=-1)
-            return self.mlp(features.to(self.mlp[0].weight.dtype))
+            return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
 class DiTBlock(nn.Module):

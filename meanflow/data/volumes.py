@@ -49,19 +49,17 @@ def volume(path: Path, shape_only: bool = False) -> torch.Tensor | tuple[int, ..
     """
     with errors_as(f"{path} is no readable volume", UnreadableSample):
         if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r")
-            check(array.dtype.kind in "fiu", "its type", array.dtype, "of floating-point numbers or integers")
-            if shape_only:
-                return array.shape
-            x = torch.from_numpy(np.array(array, np.float32))
+            entry = np.load(path, mmap_mode="r")
+            kind, shape = entry.dtype, entry.shape
+            holds_numbers = kind.kind in "fiu"
         else:
-            with safe_open(path, "pt") as file:
-                entry = file.get_slice("volume")
-                kind = entry.get_dtype()
-                check(kind not in ("BOOL", "C64"), "its type", kind, "of floating-point numbers or integers")
-                if shape_only:
-                    return tuple(entry.get_shape())
-                x = file.get_tensor("volume").float()
+            entry = safe_open(path, "pt").get_slice("volume")
+            kind, shape = entry.get_dtype(), tuple(entry.get_shape())
+            holds_numbers = kind not in ("BOOL", "C64")
+        check(holds_numbers, "its type", kind, "of floating-point numbers or integers")
+        if shape_only:
+            return shape
+        x = torch.from_numpy(np.array(entry, np.float32)) if path.suffix == ".npy" else entry[:].float()
         if not x.isfinite().all():
             raise ValueError("it has values that are not finite")
     return x

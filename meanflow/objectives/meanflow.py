@@ -184,10 +184,8 @@ def raw_losses(squared_error: Tensor, k: int) -> dict[str, Tensor]:
     """The unweighted losses of a batch whose first k rows have r != t; squared_error is (B, C, *S), detached."""
     raw = squared_error.flatten(2).sum(dim=2)  # (B, C)
     losses = {"raw_loss": raw.sum(dim=1).mean(), "raw_loss_channels": raw.mean(dim=0)}
-    for name, part in (("raw_loss_meanflow", raw[:k]), ("raw_loss_flow", raw[k:])):
-        if len(part):
-            losses[name] = part.sum(dim=1).mean()
-    return losses
+    parts = {"raw_loss_meanflow": raw[:k], "raw_loss_flow": raw[k:]}
+    return losses | {name: part.sum(dim=1).mean() for name, part in parts.items() if len(part)}
 
 
 def has_dropout(net: nn.Module) -> bool:
