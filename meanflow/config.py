@@ -105,9 +105,8 @@ class MeanFlowConfig(ObjectiveConfig):
     channel_weights: tuple[float, ...] | Literal["inverse-variance"] | None = None
 
     def __post_init__(self) -> None:
-        check_each(
-            self, ("meanflow_ratio", "class_dropout_prob", "t_start", "t_end"), lambda x: 0 <= x <= 1, "in [0, 1]"
-        )
+        shares = ("meanflow_ratio", "class_dropout_prob", "t_start", "t_end")
+        check_each(self, shares, lambda x: 0 <= x <= 1, "in [0, 1]")
         super().__post_init__()
         check_each(self, ("P_std", "P_std_r", "norm_eps", "omega"), lambda x: x > 0, "> 0")
         check(self.norm_p >= 0, "norm_p", self.norm_p, ">= 0")

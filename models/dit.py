@@ -42,6 +42,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
+        # 128 frequencies, each with a cosine and a sine.
         frequency = torch.exp(-math.log(10000.0) * torch.arange(128, dtype=torch.float32) / 128)
         self.register_buffer("frequency", frequency, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * 128, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))

@@ -141,7 +141,7 @@ class UNetCifar(ModelMixin, ConfigMixin):
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         sides = [img_resolution >> level for level in range(len(channel_mult))]
         levels = [(f"{side}x{side}", model_channels * mult) for side, mult in zip(sides, channel_mult)]
-        (first, _), (last, _) = levels[0], levels[-1]
+        first, last = levels[0][0], levels[-1][0]
         self.enc[f"{first}_conv"] = Conv(in_channels, model_channels, 3)
         widths = [model_channels]  # of what the encoder's layers return
         for name, level_width in levels:

@@ -34,11 +34,10 @@ def read_metadata(folder: Path) -> dict:
     Raises:
         ValueError: it is no cache, is unfinished, or a shard is missing or cut; the message names the file.
     """
-    unfinished = "is unfinished: give tools/cache_latents.py the same command again"
-    problem = (
-        unfinished if (folder / ".progress").exists() else f"has no {LATENTS}: make it with tools/cache_latents.py"
-    )
-    ensure((folder / LATENTS).is_file(), f"{folder} {problem}")
+    if not (folder / LATENTS).is_file():
+        if (folder / ".progress").exists():
+            raise ValueError(f"{folder} is unfinished: give tools/cache_latents.py the same command again")
+        raise ValueError(f"{folder} has no {LATENTS}: make it with tools/cache_latents.py")
     with errors_as(f"{folder / LATENTS} is damaged"):
         metadata = read_json(folder / LATENTS, shape=list, classes=list, count=int, shards=list)
         for shard in metadata["shards"]:
