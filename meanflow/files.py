@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-class Refusal(ValueError):
-    """What is wrong with an input, in one line that names it."""
+from meanflow.config import Refusal
 
 
 def read_json(path: Path, **kinds: type) -> dict:

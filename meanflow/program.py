@@ -1,5 +1,6 @@
 """What every program here does: it ends with its launcher, and refuses bad input in one line."""
 
+import io
 import os
 import re
 import signal
@@ -7,13 +8,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
-from meanflow.files import Refusal
+from meanflow.config import Refusal
 
 REFUSED = 2  # exit code: the input has to be changed
 LAUNCHERS = "accelerate|torchrun|torch.distributed|elastic"  # words of their command lines
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+class Shared(Refusal):
+    """A refusal that every process raises, and of which the first one speaks."""
 
 
 def environment_number(name: str, default: int) -> int:
@@ -57,8 +62,29 @@ def end_after(parent) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Shared(Refusal):
-    """A refusal that every process raises, and of which the first one speaks."""
+def read_flags(kind: type, default=None):
+    """A dataclass of this kind from the command line; by default its fields are those of `default`.
+
+    Raises:
+        Refusal: a field is out of range.
+        SystemExit: the command line cannot be read, or asks for help.
+    """
+    import tyro
+
+    about = {"description": sys.modules["__main__"].__doc__, "console_outputs": os.environ.get("RANK", "0") == "0"}
+    given = {} if default is None else {"default": default}
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(kind, **given, **about)
+    except SystemExit as end:
+        error = end
+        while error is not None and not isinstance(error, Refusal):
+            error = error.__context__
+        if error is not None:
+            raise Shared(str(error)) from None
+        print(box.getvalue(), end="", file=sys.stderr)
+        raise end
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import tyro
 
 import meanflow
 from meanflow.files import checksum, read_json, sync, write_json, write_whole
-from meanflow.program import end_with_launcher, environment_number, refusals
+from meanflow.program import end_with_launcher, environment_number, read_flags, refusals
 
 if TYPE_CHECKING:  # numpy, torch and datasets are imported where they are needed, so that --help is quick
     import numpy as np
@@ -377,4 +377,4 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     end_with_launcher()
     with refusals():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_flags(Options))

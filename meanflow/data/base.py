@@ -4,8 +4,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from meanflow.config import check
-from meanflow.files import Refusal
+from meanflow.config import Refusal, check
 from meanflow.noise import generator
 from meanflow.pictures import middle_slices
 

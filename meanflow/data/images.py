@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from meanflow.config import Refusal
 from meanflow.data.base import Data, UnreadableSample
-from meanflow.files import Refusal, errors_as, first_line
+from meanflow.files import errors_as, first_line
 from meanflow.program import environment_number
 
 TABLES = (".parquet", ".arrow")

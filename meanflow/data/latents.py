@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from meanflow.config import Refusal
 from meanflow.data.base import Data
 from meanflow.data.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_metadata
-from meanflow.files import Refusal, checksum, errors_as, read_json
+from meanflow.files import checksum, errors_as, read_json
 
 LATENTS = "latents.json"
 

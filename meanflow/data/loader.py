@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
+from meanflow.config import Refusal
 from meanflow.data.augment import augment
-from meanflow.files import Refusal
 from meanflow.noise import generator, noise
 from meanflow.objectives.base import Batch
 

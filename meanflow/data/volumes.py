@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from meanflow.config import check
 from meanflow.data.base import Data, UnreadableSample
 from meanflow.files import errors_as, fingerprint
 
@@ -50,7 +49,8 @@ def volume(path: Path, shape_only: bool = False) -> torch.Tensor | tuple[int, ..
     with errors_as(f"{path} is no readable volume", UnreadableSample):
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r")
-            check(array.dtype.kind in "fiu", "its type", array.dtype, "of floating-point numbers or integers")
+            if array.dtype.kind not in "fiu":
+                raise ValueError(f"its numbers are {array.dtype}, and must be floating-point numbers or integers")
             if shape_only:
                 return array.shape
             x = torch.from_numpy(np.array(array, np.float32))
@@ -58,7 +58,8 @@ def volume(path: Path, shape_only: bool = False) -> torch.Tensor | tuple[int, ..
             with safe_open(path, "pt") as file:
                 entry = file.get_slice("volume")
                 kind = entry.get_dtype()
-                check(kind not in ("BOOL", "C64"), "its type", kind, "of floating-point numbers or integers")
+                if kind in ("BOOL", "C64"):
+                    raise ValueError(f"its numbers are {kind}, and must be floating-point numbers or integers")
                 if shape_only:
                     return tuple(entry.get_shape())
                 x = file.get_tensor("volume").float()

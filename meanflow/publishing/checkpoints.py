@@ -18,10 +18,10 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, ModelMixin
 
-from meanflow.config import MeanFlowConfig
+from meanflow.config import MeanFlowConfig, Refusal
 from meanflow.data.vae import fingerprint, load_vae
 from meanflow.fetch import fetch
-from meanflow.files import Refusal, checksum, errors_as, read_json
+from meanflow.files import checksum, errors_as, read_json
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.publishing.pipeline import MeanFlowPipeline
 from models import NETWORKS

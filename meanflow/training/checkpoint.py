@@ -1,5 +1,6 @@
 """Writing checkpoints, and resuming from them. publishing/checkpoints.py says what they hold, and reads them."""
 
+import errno
 import os
 import shutil
 import socket
@@ -70,11 +71,13 @@ def claim_folder(folder: Path, fields: dict, metadata: dict) -> FileLock:
     lock, owner = FileLock(folder / ".lock", timeout=0), folder / ".owner"
     try:
         lock.acquire()
-    except NotImplementedError:  # the file system has no locks
-        print(f"warning: {folder} cannot be locked: see that only one run uses it", file=sys.stderr)
     except Timeout:
         name = owner.read_text().strip() if owner.exists() else "unknown"
         raise ValueError(f"{folder} is in use by another run ({name}): choose another --out") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # which network file systems without locks give
+            raise
+        print(f"warning: {folder} cannot be locked: see that only one run uses it", file=sys.stderr)
     owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     write_json(folder / "recipe.json", fields)
     write_json(folder / "data.json", metadata)
@@ -240,7 +243,8 @@ def load_optimizer(folder: Path, objective: Objective, optimizer: torch.optim.Op
     prefix = "" if any(key.startswith("net.") for key in saved) else "net."
     for key, value in saved.items():
         weight, name = key.rsplit(".", 1)
-        values["state"][prefix + weight][name] = value
+        # The file's own memory would keep the room that the file takes on the disk, after it is pruned.
+        values["state"][prefix + weight][name] = value.clone()
     options = state_dict.StateDictOptions(full_state_dict=True)
     state_dict.set_optimizer_state_dict(objective, optimizer, values, options=options)
 
