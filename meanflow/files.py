@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from meanflow.config import Refusal
+from meanflow.config import Refusal, check
+
+
+def ensure(ok: bool, words: str) -> None:
+    """Refuses an input that is not ok, with these words."""
+    if not ok:
+        raise Refusal(words)
 
 
 def read_json(path: Path, **kinds: type) -> dict:
@@ -21,11 +27,10 @@ def read_json(path: Path, **kinds: type) -> dict:
     """
     with errors_as(f"{path} is missing or damaged"):
         fields = json.loads(path.read_text())
-        if not isinstance(fields, dict):
-            raise ValueError("it holds no JSON object")
+        ensure(isinstance(fields, dict), f"{path} is damaged: it holds no JSON object")
         for name, kind in kinds.items():
-            if type(fields.get(name)) is not kind:
-                raise ValueError(f"{name} must be of type {kind.__name__}, got {fields.get(name)!r:.80}")
+            value = fields.get(name)
+            check(type(value) is kind, f"{path} is damaged: {name}", f"{value!r:.80}", f"of type {kind.__name__}")
     return fields
 
 

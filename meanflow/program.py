@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
-from meanflow.config import Refusal
+from meanflow.config import Refusal, check
 
 REFUSED = 2  # exit code: the input has to be changed
 LAUNCHERS = "accelerate|torchrun|torch.distributed|elastic"  # words of their command lines
@@ -28,8 +28,7 @@ def environment_number(name: str, default: int) -> int:
         ValueError: it is no whole number.
     """
     value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise ValueError(f"the environment variable {name} must be a whole number, got {value}")
+    check(value.isdecimal(), f"the environment variable {name}", value, "a whole number")
     return int(value)
 
 

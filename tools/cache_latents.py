@@ -144,8 +144,7 @@ def claim_cache(folder: Path, settings: dict) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
     old = read_metadata(folder) if finished else read_json(path)
-    # Caches of version 0.1 have no fingerprint.
-    names = [name for name in settings if old.get(name) != settings[name] and (name in old or name != "fingerprint")]
+    names = [name for name in settings if old.get(name) != settings[name]]
     if names:
         diff = ", ".join(f"{name} {old.get(name)} there, {settings[name]} here" for name in names)
         source = LATENTS if finished else path.name

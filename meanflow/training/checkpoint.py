@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor
 
-from meanflow.config import FREE_ON_RESUME, TrainConfig, different, flatten, with_defaults
+from meanflow.config import FREE_ON_RESUME, TrainConfig, check, different, flatten, with_defaults
 from meanflow.fetch import fetch
-from meanflow.files import checksums, errors_as, first_line, read_json, sync, unused, write_json
+from meanflow.files import checksums, ensure, errors_as, first_line, read_json, sync, unused, write_json
 from meanflow.objectives.base import Objective
 from meanflow.program import Shared
 from meanflow.publishing.checkpoints import CHECKSUMS, check_finite, checkpoints
@@ -46,18 +46,15 @@ def check_folder(folder: Path, fields: dict, metadata: dict) -> None:
         is_constant = old["schedule"] == fields["schedule"] == "constant"
         diff += different(old, fields, FREE_ON_RESUME | {"steps", "epochs"} if is_constant else FREE_ON_RESUME)
     elif not checkpoints(folder):
-        foreign = [name for name in WRITTEN if (folder / name).exists()]
-        if foreign:
-            words = f"{folder} has {', '.join(foreign)}, which no run of this program wrote"
-            raise ValueError(f"{words}: choose another --out")
+        foreign = ", ".join(name for name in WRITTEN if (folder / name).exists())
+        ensure(not foreign, f"{folder} has {foreign}, which no run of this program wrote: choose another --out")
     if (folder / "data.json").exists() and not fields["allow_data_change"]:
         old = read_json(folder / "data.json", count=int)
         differing = different(old, {name: metadata[name] for name in metadata if name in old}, PLACES)
         diff += [(f"data.json's {name}", there, here) for name, there, here in differing]
         advice = "--allow-data-change goes on where samples were only repaired or removed" if differing else advice
-    if diff:
-        words = ", ".join(f"{name} {there!s:.80} there, {here!s:.80} here" for name, there, here in diff)
-        raise ValueError(f"{folder} belongs to another recipe ({words}): {advice}")
+    words = ", ".join(f"{name} {there!s:.80} there, {here!s:.80} here" for name, there, here in diff)
+    ensure(not diff, f"{folder} belongs to another recipe ({words}): {advice}")
 
 
 def claim_folder(folder: Path, fields: dict, metadata: dict) -> FileLock:
@@ -215,13 +212,12 @@ def choose_checkpoint(recipe: TrainConfig) -> Path | None:
         ValueError: recipe.resume cannot be followed.
     """
     newest = next(reversed(checkpoints(recipe.out)), None)
-    if recipe.resume == "never" and newest:
-        raise ValueError(f"resume is never, but {recipe.out} has checkpoints: choose another --out")
+    is_fresh = recipe.resume != "never" or newest is None
+    ensure(is_fresh, f"resume is never, but {recipe.out} has checkpoints: choose another --out")
     if recipe.resume in ("auto", "never"):
         return newest
     folder = Path(recipe.resume).expanduser()
-    if not (folder / "step.json").is_file():
-        raise ValueError(f"resume must be auto, never or the folder of a checkpoint, got {recipe.resume}")
+    check((folder / "step.json").is_file(), "resume", recipe.resume, "auto, never or the folder of a checkpoint")
     return folder
 
 
