@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,12 +83,9 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def fingerprint(files: list[Path]) -> str:
     """A hash of the names and sizes of files, and of the contents of at most 16 of them, evenly spread."""
-    digest = hashlib.sha256()
-    for number, path in enumerate(files):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        if number % -(-len(files) // 16) == 0:
-            digest.update(checksum(path).encode())
-    return digest.hexdigest()
+    sizes = [(path.name, path.stat().st_size) for path in files]
+    contents = [checksum(path) for path in files[:: math.ceil(len(files) / 16)]]
+    return hashlib.sha256(json.dumps([sizes, contents]).encode()).hexdigest()
 
 
 def unused(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """What every program here does: it ends with its launcher, and refuses bad input in one line."""
 
+import ctypes
 import io
 import os
 import re
@@ -42,17 +43,14 @@ def end_with_launcher() -> None:
     import psutil
 
     parent = psutil.Process(os.getppid())
-    if not re.search(LAUNCHERS, " ".join(parent.cmdline())):
-        if parent.pid == 1 or parent.name() == "systemd":  # they adopt the processes of a launcher that has died
-            sys.exit("error: the launcher of this process has died")
-        return
-    if sys.platform == "linux":
-        import ctypes
-
+    is_launched = re.search(LAUNCHERS, " ".join(parent.cmdline()))
+    if is_launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    else:
+    elif is_launched:
         threading.Thread(target=end_after, args=(parent,), daemon=True).start()
-    if os.getppid() != parent.pid:
+    # The first process of a machine adopts those whose launcher has died.
+    is_orphan = not is_launched and (parent.pid == 1 or parent.name() == "systemd")
+    if is_orphan or os.getppid() != parent.pid:
         sys.exit("error: the launcher of this process has died")
 
 
@@ -77,13 +75,11 @@ def read_flags(kind: type, default=None):
         with redirect_stderr(box):
             return tyro.cli(kind, **given, **about)
     except SystemExit as end:
-        error = end
-        while error is not None and not isinstance(error, Refusal):
-            error = error.__context__
-        if error is not None:
-            raise Shared(str(error)) from None
+        cause = end.__context__ and end.__context__.__context__  # what the dataclass raised, if it did
+        if isinstance(cause, Refusal):
+            raise Shared(str(cause)) from None
         print(box.getvalue(), end="", file=sys.stderr)
-        raise end
+        raise
 
 
 @contextmanager
@@ -103,7 +99,7 @@ def refusals() -> Iterator[None]:
             raise
         speaks = is_first
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         speaks = is_first or not isinstance(error, Shared)
         if speaks:

@@ -131,7 +131,7 @@ def test_run_stopped_by_an_unreadable_sample_ends_as_an_undisturbed_one_once_it_
 
 def test_run_whose_folder_is_deleted_goes_on(recipe, capfd):
     """What it writes afterwards is there."""
-    assert in_child(recipe, at_steps({6: lambda: shutil.rmtree(recipe.out)})) == 0
+    assert in_child(recipe, at_steps({6: lambda: shutil.rmtree(recipe.out, ignore_errors=True)})) == 0
     assert "log.jsonl failed, and training goes on: " in capfd.readouterr().err
     assert [path.name for path in checkpoints(recipe.out)][-1] == f"step-{recipe.steps:08d}"
     steps = [line["step"] for line in read_log(recipe.out / "log.jsonl")]

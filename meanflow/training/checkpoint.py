@@ -12,6 +12,7 @@ from threading import Thread
 import torch
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor
@@ -91,10 +92,10 @@ def on_processes(accelerator, part, *args, only_main: bool = True):
     try:
         if accelerator.is_main_process or not only_main:
             result = part(*args)
-    except Exception as exception:  # by three packages: OSError, RuntimeError, SafetensorError
+    except Exception as exception:
         error = exception
     lines = [line for line in gather_object([error and first_line(error)]) if line is not None]
-    if isinstance(error, (ArithmeticError, AttributeError, LookupError, NameError, TypeError)):
+    if error is not None and not isinstance(error, (ValueError, OSError, SafetensorError)):
         raise error  # a fault of the code, which needs its traceback
     if lines:
         raise Shared(lines[0])

@@ -115,8 +115,6 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own=Parts
     total = recipe.steps or math.ceil(recipe.epochs * len(data) / recipe.global_batch)
     check(total >= done, "steps", total, f"at least {done:,}, after which {start} was saved")
     batches = SlotBatches(recipe, objective, len(data), range(total), 0, num_processes)
-    if not recipe.dry_run:
-        check_fits(sum(memory(recipe, net).values()), "model", recipe.model)
     objective.check(recipe.objective, net.train(), data.shape, data.num_classes)
     free_disk = check_disk(recipe, total, checkpoint_bytes(recipe, net))
     return Plan(recipe, data, objective, net, num_processes, batches.micro_batch, total, free_disk, start)
