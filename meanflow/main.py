@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 
 from meanflow.config import Refusal, TrainConfig, check
-from meanflow.program import end_with_launcher, environment_number, read_flags, refusals
+from meanflow.program import INTERRUPTED, end_with_launcher, environment_number, read_flags, refusals
 
 
 def run(recipe: TrainConfig, objective: type | None = None, net: type | None = None, data=None, optimizer=None) -> None:
@@ -47,6 +47,8 @@ def run(recipe: TrainConfig, objective: type | None = None, net: type | None = N
         sys.exit(f"error: compile: {reason}: leave it out, --no-compile")
     except Refusal as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 def read_recipe(recipe: TrainConfig) -> TrainConfig:

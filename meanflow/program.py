@@ -13,8 +13,8 @@ from contextlib import contextmanager, redirect_stderr
 
 from meanflow.config import Refusal, check
 
-REFUSED = 2  # exit code: the input has to be changed
-LAUNCHERS = "accelerate|torchrun|torch.distributed|elastic"  # words of their command lines
+REFUSED, INTERRUPTED = 2, 128 + signal.SIGINT  # exit codes
+LAUNCHERS = r"accelerate launch|accelerate\.commands|torchrun|torch\.distributed"  # words of their command lines
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
@@ -33,29 +33,37 @@ def environment_number(name: str, default: int) -> int:
     return int(value)
 
 
+def find_launcher():
+    """The launcher that started this process, as a psutil.Process; None if none did.
+
+    Raises:
+        SystemExit: it has died.
+    """
+    import psutil
+
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        return None
+    parent = psutil.Process(os.getppid())
+    if parent.pid == 1 or parent.name() == "systemd":  # which adopts the processes of a launcher that has died
+        sys.exit("error: the launcher of this process has died")
+    return parent if re.search(LAUNCHERS, " ".join(parent.cmdline())) else None
+
+
 def end_with_launcher() -> None:
-    """Makes the death of the launcher that started this process a SIGTERM to it; without a launcher, does nothing.
+    """Makes the death of this process's launcher a SIGTERM to it; without a launcher, does nothing.
 
     Otherwise a process that waits for the others would wait for ever, and keep its memory.
     """
-    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
-        return
-    import psutil
-
-    parent = psutil.Process(os.getppid())
-    is_launched = re.search(LAUNCHERS, " ".join(parent.cmdline()))
-    if is_launched and sys.platform == "linux":
+    launcher = find_launcher()
+    if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    elif is_launched:
-        threading.Thread(target=end_after, args=(parent,), daemon=True).start()
-    # The first process of a machine adopts those whose launcher has died.
-    is_orphan = not is_launched and (parent.pid == 1 or parent.name() == "systemd")
-    if is_orphan or os.getppid() != parent.pid:
-        sys.exit("error: the launcher of this process has died")
+        find_launcher()  # it may have died just before
+    elif launcher:
+        threading.Thread(target=end_after, args=(launcher,), daemon=True).start()
 
 
-def end_after(parent) -> None:
-    parent.wait()
+def end_after(launcher) -> None:
+    launcher.wait()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -75,8 +83,10 @@ def read_flags(kind: type, default=None):
         with redirect_stderr(box):
             return tyro.cli(kind, **given, **about)
     except SystemExit as end:
-        cause = end.__context__ and end.__context__.__context__  # what the dataclass raised, if it did
-        if isinstance(cause, Refusal):
+        cause = end
+        while cause is not None and not isinstance(cause, Refusal):
+            cause = cause.__context__
+        if cause is not None:
             raise Shared(str(cause)) from None
         print(box.getvalue(), end="", file=sys.stderr)
         raise
@@ -93,7 +103,7 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(INTERRUPTED)
     except SystemExit as end:  # tyro has spoken
         if end.code != REFUSED:
             raise
@@ -106,8 +116,9 @@ def refusals() -> Iterator[None]:
             print(f"error: {error or 'out of memory'}", file=sys.stderr, flush=True)
     else:
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ and speaks and os.name != "nt":
-        os.kill(os.getppid(), signal.SIGUSR2)
-    elif not speaks:
-        time.sleep(5)
+    launcher = find_launcher() if "TORCHELASTIC_RUN_ID" in os.environ and os.name != "nt" else None
+    if launcher and speaks:
+        launcher.send_signal(signal.SIGUSR2)
+    elif launcher:
+        time.sleep(5)  # until its death ends this process
     sys.exit(REFUSED)

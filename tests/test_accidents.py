@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,14 +15,16 @@ import pytest
 from accelerate.state import AcceleratorState
 from conftest import small_disk
 from test_resume import assert_same, everything, in_child, kill_at, short_recipe, train
+from torch.utils.data import get_worker_info
 
-from meanflow import files
+from meanflow import files, main
 from meanflow.config import MeanFlowConfig, Refusal, TrainConfig
+from meanflow.data.base import InMemory
 from meanflow.data.loader import SlotBatches
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.publishing.checkpoints import checkpoints
 from meanflow.training import checkpoint
-from meanflow.training.guard import DIVERGED, FAILED
+from meanflow.training.guard import DIVERGED, FAILED, Guard
 from meanflow.training.log import read_log
 from meanflow.training.trainer import Trainer
 
@@ -127,6 +130,39 @@ def test_run_stopped_by_an_unreadable_sample_ends_as_an_undisturbed_one_once_it_
     assert "--allow-data-change" in capfd.readouterr().err
     assert in_child(replace(run, allow_data_change=True), processes=processes) == 0
     assert_same(everything(run.out), everything(straight.out))
+
+
+def test_run_whose_loading_process_dies_saves_and_ends(recipe, capfd):
+    """As the system ends a process when memory runs out."""
+
+    def die_at_step_8() -> None:
+        real = InMemory.batch
+
+        def batch(self, indices, generators):
+            if get_worker_info() is not None and next(calls) == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, indices, generators)
+
+        calls = iter(range(100))
+        InMemory.batch = batch
+
+    assert in_child(replace(recipe, workers=1), die_at_step_8) == FAILED
+    shown = capfd.readouterr().err
+    assert "the data of the next step cannot be read: saved after step" in shown
+    assert shown.count("a process of --workers died") == 1
+    assert 4 <= ended(recipe.out)[1] < 8 and checkpoints(recipe.out)
+
+
+def test_second_interrupt_leaves_no_traceback(recipe, monkeypatch):
+    """The first one saves the step (test_resume.py), and a second one raises amid it."""
+
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: guard.receive(signal.SIGINT, None))
+    guard = Guard(None, recipe, {})
+    guard.receive(signal.SIGINT, None)
+    monkeypatch.setattr("sys.argv", ["recipe"])
+    with pytest.raises(SystemExit) as end:
+        main.run(recipe)
+    assert end.value.code == 128 + signal.SIGINT and ended(recipe.out)[0] == FAILED
 
 
 def test_run_whose_folder_is_deleted_goes_on(recipe, capfd):

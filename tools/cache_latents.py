@@ -57,6 +57,7 @@ class Options:
 
 
 def check(options: Options) -> None:
+    object.__setattr__(options, "out", options.out.expanduser())
     for name in ("resolution", "batch_size", "shard_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be >= 1, got {getattr(options, name)}")
