@@ -28,7 +28,7 @@ from meanflow.data.sources import load_data
 from meanflow.files import ensure, first_line, read_json, write_json
 from meanflow.noise import stream_seed
 from meanflow.objectives.jvp import support_fsdp2
-from meanflow.program import environment_number
+from meanflow.program import INTERRUPTED, environment_number
 from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
 from meanflow.publishing.export import export
 from meanflow.publishing.hub import Pusher
@@ -117,11 +117,11 @@ class Trainer:
         progress = self.restore()
         self.step = progress["step"]
         self.log = Log(self.accelerator, self.recipe, self.fields, progress)
-        code, reason = FAILED, "interrupted"
+        code, reason = INTERRUPTED, "interrupted"
         try:
             code, reason = self.train_to_end(progress)
         except Exception as error:
-            reason = first_line(error)
+            code, reason = FAILED, first_line(error)
             raise
         finally:
             if self.accelerator.is_main_process:
@@ -219,7 +219,8 @@ class Trainer:
                 with log.clock("saving"):
                     self.writer.save({"step": self.step, **guard.state, **log.state()})
                 if is_push and self.writer.wait() and self.pusher:
-                    self.pusher.start(checkpoints(recipe.out)[-1])
+                    with log.optional("push"):
+                        self.pusher.start(checkpoints(recipe.out)[-1])
         if self.step % recipe.sample_every == 0 or is_last:
             with log.clock("samples"), log.optional("samples/"):
                 average, sampling = self.averages.nets[str(recipe.ema_decay[0])], self.bare.sampling(recipe.objective)
