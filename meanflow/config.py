@@ -20,9 +20,13 @@ FREE_ON_RESUME = {
 }
 
 
+class Refusal(ValueError):
+    """What is wrong with an input, in one line that names it."""
+
+
 def check(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+        raise Refusal(f"{name} must be {allowed}, got {value}")
 
 
 def check_each(config: object, names: tuple[str, ...], ok, allowed: str) -> None:

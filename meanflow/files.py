@@ -3,14 +3,13 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-class Refusal(ValueError):
-    """What is wrong with an input, in one line that names it."""
+from meanflow.config import Refusal, check
 
 
 def ensure(ok: bool, words: str) -> None:
@@ -29,11 +28,10 @@ def read_json(path: Path, **kinds: type) -> dict:
     """
     with errors_as(f"{path} is missing or damaged"):
         fields = json.loads(path.read_text())
-        if not isinstance(fields, dict):
-            raise ValueError("it holds no JSON object")
+        ensure(isinstance(fields, dict), f"{path} is damaged: it holds no JSON object")
         for name, kind in kinds.items():
-            if type(fields.get(name)) is not kind:
-                raise ValueError(f"{name} must be of type {kind.__name__}, got {fields.get(name)!r:.80}")
+            value = fields.get(name)
+            check(type(value) is kind, f"{path} is damaged: {name}", f"{value!r:.80}", f"of type {kind.__name__}")
     return fields
 
 
@@ -85,12 +83,9 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def fingerprint(files: list[Path]) -> str:
     """A hash of the names and sizes of files, and of the contents of at most 16 of them, evenly spread."""
-    digest = hashlib.sha256()
-    for number, path in enumerate(files):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        if number % -(-len(files) // 16) == 0:
-            digest.update(checksum(path).encode())
-    return digest.hexdigest()
+    sizes = [(path.name, path.stat().st_size) for path in files]
+    contents = [checksum(path) for path in files[:: math.ceil(len(files) / 16)]]
+    return hashlib.sha256(json.dumps([sizes, contents]).encode()).hexdigest()
 
 
 def unused(path: Path) -> Path:

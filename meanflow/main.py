@@ -5,9 +5,8 @@ import os
 import sys
 from dataclasses import replace
 
-from meanflow.config import TrainConfig, check
-from meanflow.files import Refusal
-from meanflow.program import end_with_launcher, environment_number, refusals
+from meanflow.config import Refusal, TrainConfig, check
+from meanflow.program import INTERRUPTED, end_with_launcher, environment_number, read_flags, refusals
 
 
 def run(recipe: TrainConfig, objective: type | None = None, net: type | None = None, data=None, optimizer=None) -> None:
@@ -26,7 +25,7 @@ def run(recipe: TrainConfig, objective: type | None = None, net: type | None = N
     """
     end_with_launcher()
     with refusals():
-        recipe = read_flags(recipe)
+        recipe = read_recipe(recipe)
         if net is not None:
             recipe = replace(recipe, model=net.__name__)
         from meanflow.training.preflight import Parts
@@ -48,18 +47,17 @@ def run(recipe: TrainConfig, objective: type | None = None, net: type | None = N
         sys.exit(f"error: compile: {reason}: leave it out, --no-compile")
     except Refusal as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
-def read_flags(recipe: TrainConfig) -> TrainConfig:
+def read_recipe(recipe: TrainConfig) -> TrainConfig:
     """The recipe with the fields that the command line gives.
 
     Raises:
         ValueError: a field is out of range.
     """
-    import tyro
-
-    about = {"description": sys.modules["__main__"].__doc__, "console_outputs": environment_number("RANK", 0) == 0}
-    given = tyro.cli(type(recipe), default=recipe, **about)
+    given = read_flags(type(recipe), recipe)
     check("--epochs" not in sys.argv or given.epochs, "epochs", given.epochs, "> 0")
     if given.epochs != recipe.epochs and given.steps == recipe.steps:
         given = replace(given, steps=None)  # a flag takes precedence over what is written

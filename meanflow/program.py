@@ -1,5 +1,7 @@
 """What every program here does: it ends with its launcher, and refuses bad input in one line."""
 
+import ctypes
+import io
 import os
 import re
 import signal
@@ -7,13 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
-from meanflow.files import Refusal
+from meanflow.config import Refusal, check
 
-REFUSED = 2  # exit code: the input has to be changed
-LAUNCHERS = "accelerate|torchrun|torch.distributed|elastic"  # words of their command lines
+REFUSED, INTERRUPTED = 2, 128 + signal.SIGINT  # exit codes
+LAUNCHERS = r"accelerate launch|accelerate\.commands|torchrun|torch\.distributed"  # words of their command lines
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+class Shared(Refusal):
+    """A refusal that every process raises, and of which the first one speaks."""
 
 
 def environment_number(name: str, default: int) -> int:
@@ -23,42 +29,67 @@ def environment_number(name: str, default: int) -> int:
         ValueError: it is no whole number.
     """
     value = os.environ.get(name, str(default))
-    if not value.isdecimal():
-        raise ValueError(f"the environment variable {name} must be a whole number, got {value}")
+    check(value.isdecimal(), f"the environment variable {name}", value, "a whole number")
     return int(value)
 
 
+def find_launcher():
+    """The launcher that started this process, as a psutil.Process; None if none did.
+
+    Raises:
+        SystemExit: it has died.
+    """
+    import psutil
+
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
+        return None
+    parent = psutil.Process(os.getppid())
+    if parent.pid == 1 or parent.name() == "systemd":  # which adopts the processes of a launcher that has died
+        sys.exit("error: the launcher of this process has died")
+    return parent if re.search(LAUNCHERS, " ".join(parent.cmdline())) else None
+
+
 def end_with_launcher() -> None:
-    """Makes the death of the launcher that started this process a SIGTERM to it; without a launcher, does nothing.
+    """Makes the death of this process's launcher a SIGTERM to it; without a launcher, does nothing.
 
     Otherwise a process that waits for the others would wait for ever, and keep its memory.
     """
-    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
-        return
-    import psutil
-
-    parent = psutil.Process(os.getppid())
-    if not re.search(LAUNCHERS, " ".join(parent.cmdline())):
-        if parent.pid == 1 or parent.name() == "systemd":  # they adopt the processes of a launcher that has died
-            sys.exit("error: the launcher of this process has died")
-        return
-    if sys.platform == "linux":
-        import ctypes
-
+    launcher = find_launcher()
+    if launcher and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    else:
-        threading.Thread(target=end_after, args=(parent,), daemon=True).start()
-    if os.getppid() != parent.pid:
-        sys.exit("error: the launcher of this process has died")
+        find_launcher()  # it may have died just before
+    elif launcher:
+        threading.Thread(target=end_after, args=(launcher,), daemon=True).start()
 
 
-def end_after(parent) -> None:
-    parent.wait()
+def end_after(launcher) -> None:
+    launcher.wait()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Shared(Refusal):
-    """A refusal that every process raises, and of which the first one speaks."""
+def read_flags(kind: type, default=None):
+    """A dataclass of this kind from the command line; by default its fields are those of `default`.
+
+    Raises:
+        Refusal: a field is out of range.
+        SystemExit: the command line cannot be read, or asks for help.
+    """
+    import tyro
+
+    about = {"description": sys.modules["__main__"].__doc__, "console_outputs": os.environ.get("RANK", "0") == "0"}
+    given = {} if default is None else {"default": default}
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(kind, **given, **about)
+    except SystemExit as end:
+        cause = end
+        while cause is not None and not isinstance(cause, Refusal):
+            cause = cause.__context__
+        if cause is not None:
+            raise Shared(str(cause)) from None
+        print(box.getvalue(), end="", file=sys.stderr)
+        raise
 
 
 @contextmanager
@@ -72,21 +103,22 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(INTERRUPTED)
     except SystemExit as end:  # tyro has spoken
         if end.code != REFUSED:
             raise
         speaks = is_first
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         speaks = is_first or not isinstance(error, Shared)
         if speaks:
             print(f"error: {error or 'out of memory'}", file=sys.stderr, flush=True)
     else:
         return
-    if "TORCHELASTIC_RUN_ID" in os.environ and speaks and os.name != "nt":
-        os.kill(os.getppid(), signal.SIGUSR2)
-    elif not speaks:
-        time.sleep(5)
+    launcher = find_launcher() if "TORCHELASTIC_RUN_ID" in os.environ and os.name != "nt" else None
+    if launcher and speaks:
+        launcher.send_signal(signal.SIGUSR2)
+    elif launcher:
+        time.sleep(5)  # until its death ends this process
     sys.exit(REFUSED)

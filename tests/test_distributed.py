@@ -81,6 +81,26 @@ def test_launch_that_silently_starts_one_process_of_two_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "launch, flags, words",
+    [
+        (TWO, ["--lr", "-1"], "error: lr must be > 0, got -1"),
+        (TWO, ["--data", "digit"], "error: digit: no such file or folder"),
+        (TORCHRUN, ["--model", "DiT-XXL"], "error: model must be one of DiT-"),
+        ([*TWO, "--mixed_precision=bf16"], [], "error: mixed_precision must be what the launcher was given, bf16"),
+    ],
+    ids=["range", "data", "torchrun", "precision"],
+)
+def test_refusal_of_two_processes_is_one_line(launch, flags, words, tmp_path):
+    """Nothing of the launcher's own, which is ended, too."""
+    begin = time.monotonic()
+    running = start(*launch, *DIGITS, *flags, "--steps", "2", "--out", str(tmp_path / "run"))
+    text = finish(running, code=None)
+    lines = [line for line in text.splitlines() if "OMP_NUM_THREADS" not in line]
+    assert running.returncode != 0 and len(lines) == 1 and lines[0].startswith(words), text
+    assert not (tmp_path / "run").exists() and time.monotonic() - begin < 60
+
+
 # Adam makes full steps of the rounding of gradients that are exactly 0, such as those of the keys' biases. So the rate
 # is small: five steps still move the weights by 30 times the tolerance and more.
 RATE = "2e-6"

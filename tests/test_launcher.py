@@ -63,7 +63,8 @@ def kill_launchers(kills: int, out: Path, processes: int, seed: int = 0) -> None
         lived = kill_launcher([*LAUNCHES[processes], *RUN, *steps, "--out", str(run)], run, number, delay)
         for folder in checkpoints(run):
             verify_checkpoint(folder)
-        print(f"{number.name} after {delay:.2f} s: ended in {lived:.1f} s, {len(checkpoints(run))} checkpoints", flush=True)
+        words = f"ended in {lived:.1f} s, {len(checkpoints(run))} checkpoints"
+        print(f"{number.name} after {delay:.2f} s: {words}", flush=True)
     finish(start(*LAUNCHES[processes], *RUN, *steps, "--out", str(run)))
     assert_same(everything(run), everything(straight))
 

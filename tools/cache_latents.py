@@ -23,7 +23,7 @@ import tyro
 
 import meanflow
 from meanflow.files import checksum, read_json, sync, write_json, write_whole
-from meanflow.program import end_with_launcher, environment_number, refusals
+from meanflow.program import end_with_launcher, environment_number, read_flags, refusals
 
 if TYPE_CHECKING:  # numpy, torch and datasets are imported where they are needed, so that --help is quick
     import numpy as np
@@ -57,6 +57,7 @@ class Options:
 
 
 def check(options: Options) -> None:
+    object.__setattr__(options, "out", options.out.expanduser())
     for name in ("resolution", "batch_size", "shard_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be >= 1, got {getattr(options, name)}")
@@ -144,8 +145,7 @@ def claim_cache(folder: Path, settings: dict) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, settings)
     old = read_metadata(folder) if finished else read_json(path)
-    # Caches of version 0.1 have no fingerprint.
-    names = [name for name in settings if old.get(name) != settings[name] and (name in old or name != "fingerprint")]
+    names = [name for name in settings if old.get(name) != settings[name]]
     if names:
         diff = ", ".join(f"{name} {old.get(name)} there, {settings[name]} here" for name in names)
         source = LATENTS if finished else path.name
@@ -377,4 +377,4 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     end_with_launcher()
     with refusals():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_flags(Options))

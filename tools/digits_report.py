@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from meanflow.program import refusals
+from meanflow.program import read_flags, refusals
 
 
 @dataclass(frozen=True)
@@ -116,4 +116,4 @@ def report(options: Options) -> None:
 
 if __name__ == "__main__":
     with refusals():
-        report(tyro.cli(Options, description=__doc__))
+        report(read_flags(Options))

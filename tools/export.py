@@ -13,7 +13,7 @@ from typing import Literal
 
 import tyro
 
-from meanflow.program import refusals
+from meanflow.program import read_flags, refusals
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     with refusals():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_flags(Options))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from meanflow.program import refusals
+from meanflow.program import read_flags, refusals
 
 
 @dataclass(frozen=True)
@@ -37,4 +37,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     with refusals():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_flags(Options))

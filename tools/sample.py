@@ -22,7 +22,7 @@ from typing import Literal
 
 import tyro
 
-from meanflow.program import end_with_launcher, refusals
+from meanflow.program import end_with_launcher, read_flags, refusals
 
 PICTURE = 4096  # images that one picture may have
 
@@ -290,4 +290,4 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     end_with_launcher()
     with refusals():
-        main(tyro.cli(Options, description=__doc__))
+        main(read_flags(Options))

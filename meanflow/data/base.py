@@ -4,8 +4,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from meanflow.config import check
-from meanflow.files import Refusal, ensure
+from meanflow.config import Refusal, check
 from meanflow.noise import generator
 from meanflow.pictures import middle_slices
 
@@ -78,7 +77,8 @@ class Data:
             x = (self.encode(*x) if isinstance(x, tuple) else x)[0].double().flatten(1)
             sums += torch.stack([x.mean(dim=1), x.square().mean(dim=1)]) / len(rows)
         variance = sums[1] - sums[0] ** 2
-        ensure(variance.min() > 0, f"channel_weights: a channel is constant, the variances are {variance.tolist()}")
+        if not (variance > 0).all():
+            raise ValueError(f"channel_weights: a channel is constant, the variances are {variance.tolist()}")
         return variance
 
 

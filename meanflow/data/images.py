@@ -1,6 +1,5 @@
 """Images of any source that datasets reads, cropped as ImageNet's reference statistics assume."""
 
-import hashlib
 import io
 import os
 import sys
@@ -13,8 +12,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from meanflow.config import Refusal, check
 from meanflow.data.base import Data, UnreadableSample
-from meanflow.files import Refusal, errors_as, first_line
+from meanflow.files import ensure, errors_as
 from meanflow.program import environment_number
 
 TABLES = (".parquet", ".arrow")
@@ -51,12 +51,8 @@ def open_source(source: str, split: str):
 
     datasets.disable_progress_bars()
     check_source(source)
-    path, cache = Path(source).expanduser(), Path(datasets.config.HF_DATASETS_CACHE)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refusal(f"HF_HOME must be a folder that can be written to, got {cache}: {first_line(error)}") from None
-    with errors_as(f"{source}: datasets cannot open it"):
+    path, cache = Path(source).expanduser(), datasets.config.HF_DATASETS_CACHE
+    with errors_as(f"{source}: datasets cannot open it, with its own files in {cache} (HF_HOME names another place)"):
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(str(path))
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
@@ -69,8 +65,8 @@ def open_source(source: str, split: str):
         tables = {entry.name for entry in path.rglob("*") if entry.suffix in TABLES}
         has_split_tables = any(name.startswith(split) for name in tables)
         others = sorted(name for name in tables if name.startswith(SPLITS))
-        if others and not has_split_tables:
-            raise Refusal(f"{source} has no {split}, only {', '.join(others)}: name one of the files")
+        is_clear = has_split_tables or not others
+        ensure(is_clear, f"{source} has no {split}, only {', '.join(others)}: name one of the files")
         pattern = f"**/{split}*" if has_split_tables else "**"
         rows = datasets.load_dataset(str(path), data_files=pattern, split="train")
         if not tables:
@@ -82,10 +78,9 @@ def check_source(source: str, others: str = "") -> None:
     """Refuses a path where nothing is, unless it can be a Hub id, which looks like owner/name; and files of no use."""
     path = Path(source).expanduser()
     is_path = source.startswith((".", "~", "/")) or path.parent.exists() or source.count("/") != 1
-    if is_path and not path.exists():
-        raise Refusal(f"{source}: no such file or folder, and no Hub id (owner/name){others}")
-    if path.is_file() and path.suffix not in TABLES:
-        raise Refusal(f"{source} must be a folder, or a file that ends with {' or '.join(TABLES)}")
+    ensure(path.exists() or not is_path, f"{source}: no such file or folder, and no Hub id (owner/name){others}")
+    is_readable = path.suffix in TABLES or not path.is_file()
+    ensure(is_readable, f"{source} must be a folder, or a file that ends with {' or '.join(TABLES)}")
 
 
 def split_folder(path: Path, split: str) -> Path:
@@ -94,15 +89,14 @@ def split_folder(path: Path, split: str) -> Path:
     Raises:
         Refusal: the folder has only other splits.
     """
-    folders = {entry.name: list(entry.iterdir()) for entry in path.iterdir() if entry.is_dir()}
-    splits = sorted(name for name in folders if name == split or name.lower() in SPLITS)
+    folders = [entry for entry in path.iterdir() if entry.is_dir()]
+    splits = sorted(folder.name for folder in folders if folder.name == split or folder.name.lower() in SPLITS)
     # A split has classes or tables in it; there are also folders of splits alone, with images in them.
-    inside = [entry for name in splits for entry in folders[name]]
-    if not any(entry.is_dir() or entry.suffix in TABLES for entry in inside) and len(splits) < len(folders):
+    inside = (entry for name in splits for entry in (path / name).iterdir())
+    if not splits or (len(splits) < len(folders) and not any(e.is_dir() or e.suffix in TABLES for e in inside)):
         return path
-    if splits and split not in splits:
-        raise Refusal(f"{path} has no {split}, only {', '.join(splits)}: name one of these folders")
-    return path / split if splits else path
+    ensure(split in splits, f"{path} has no {split}, only {', '.join(splits)}: name one of these folders")
+    return path / split
 
 
 def say_left_out(folder: Path, rows) -> None:
@@ -135,18 +129,15 @@ class ImageFiles(Data):
 
         self.source, self.flip, self.crop, self.shape = source, flip, crop, (3, size, size)
         rows = open_source(source, split)
-        if not len(rows):
-            raise ValueError(f"{source} is empty")
+        ensure(len(rows) > 0, f"{source} is empty")
         self.column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
-        if self.column is None:
-            raise ValueError(f"{source} has no column of images, only {', '.join(rows.features)}")
+        ensure(self.column is not None, f"{source} has no column of images, only {', '.join(rows.features)}")
         files = rows.select_columns(self.column).cast_column(self.column, datasets.Image(decode=False))
         self.files = files.with_format(None)
         self.classes, self.labels = self.read_labels(rows)
         self.num_classes = len(self.classes)
         self.metadata = {"source": source, "split": split, "resolution": size, "classes": self.classes}
         self.metadata |= {"transform": "ADM centre crop" if crop else None, "count": len(rows)}
-        self.metadata["fingerprint"] = self.fingerprint()
         self.memory = None
         if not crop:
             bar = tqdm(range(len(rows)), "images", unit="image", mininterval=1, disable=len(rows) < 10_000)
@@ -162,16 +153,15 @@ class ImageFiles(Data):
             return [], None
         labels, kind = rows.with_format(None)[label][:], rows.features[label]
         if None in labels:
-            raise ValueError(f"{self.name(labels.index(None))} has no label")
-        if not all(isinstance(value, int) for value in labels):
-            raise ValueError(f"{self.source}: column {label} must hold classes as integers, got {kind}")
-        if not isinstance(kind, datasets.ClassLabel) and max(labels) >= max(len(labels), 10_000):
-            fact = f"the label {max(labels)} would make as many classes, of {len(labels)} images"
-            raise ValueError(f"{self.source}: {fact}: give the column {label} the type ClassLabel")
+            raise Refusal(f"{self.name(labels.index(None))} has no label")
+        are_classes = all(isinstance(value, int) for value in labels)
+        ensure(are_classes, f"{self.source}: column {label} must hold classes as integers, got {kind}")
         names = kind.names if isinstance(kind, datasets.ClassLabel) else range(1 + max(labels))
+        is_plausible = isinstance(kind, datasets.ClassLabel) or len(names) <= max(len(labels), 10_000)
+        check(is_plausible, f"{self.source}: column {label}", max(labels), "of type ClassLabel for so many classes")
         for row, value in enumerate(labels):
             if not 0 <= value < len(names):
-                raise ValueError(f"{self.name(row)}: its label must be in [0, {len(names)}), got {value}")
+                raise Refusal(f"{self.name(row)}: its label must be in [0, {len(names)}), got {value}")
         return [str(name) for name in names], torch.tensor(labels)
 
     def name(self, index: int) -> str:
@@ -197,15 +187,6 @@ class ImageFiles(Data):
             for index in tqdm(rows, "headers", unit="image", mininterval=1, disable=part > 0 or len(rows) < 10_000):
                 with self.opened(index):
                     pass
-
-    def fingerprint(self) -> str:
-        """A hash of the labels, and of at most 16 files, evenly spread."""
-        digest = hashlib.sha256(b"" if self.labels is None else self.labels.numpy().tobytes())
-        for index in range(0, len(self.files), -(-len(self.files) // 16)):
-            file = self.files[index][self.column]
-            with errors_as(f"{self.name(index)} is no readable image", UnreadableSample):
-                digest.update(file["bytes"] or Path(file["path"]).read_bytes())
-        return digest.hexdigest()
 
     def pixels(self, index: int) -> torch.Tensor:
         """One image, (3, size, size) uint8.

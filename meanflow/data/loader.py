@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
+from meanflow.config import Refusal, check
 from meanflow.data.augment import augment
-from meanflow.files import Refusal, ensure
 from meanflow.noise import generator, noise
 from meanflow.objectives.base import Batch
 
@@ -34,7 +34,7 @@ class SlotBatches(Sampler):
         self.steps, self.rank, self.world_size = steps, rank, world_size
         self.micro_batch, rest = divmod(recipe.global_batch, world_size * recipe.accumulation_steps)
         parts = f"processes x accumulation_steps ({world_size} x {recipe.accumulation_steps})"
-        ensure(rest == 0, f"global_batch must be a multiple of {parts}, got {recipe.global_batch}")
+        check(rest == 0, "global_batch", recipe.global_batch, f"a multiple of {parts}")
         objective.order_slots(recipe.objective, range(self.micro_batch), recipe.global_batch)  # it may refuse them
 
     def __iter__(self):

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from meanflow.config import check
 from meanflow.data.base import Data, UnreadableSample
-from meanflow.files import errors_as, fingerprint
+from meanflow.files import ensure, errors_as, fingerprint
 
 SUFFIXES = (".npy", ".safetensors")
 
@@ -30,10 +29,11 @@ class Volumes(Data):
         self.files = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
         first, *others = self.files
         self.shape = volume(first, shape_only=True)
-        check(len(self.shape) == 4 and 0 not in self.shape, f"{first}: a volume", self.shape, "(C, D, H, W)")
+        is_volume = len(self.shape) == 4 and 0 not in self.shape
+        ensure(is_volume, f"{first}: a volume must be (C, D, H, W), got {self.shape}")
         for path in others:
             shape = volume(path, shape_only=True)
-            check(shape == self.shape, f"{path}: a volume", shape, f"like {first.name}, {self.shape}")
+            ensure(shape == self.shape, f"{path}: a volume must be like {first.name}, {self.shape}, got {shape}")
         self.metadata = {"source": str(folder), "count": len(self.files), "classes": []}
         self.metadata["fingerprint"] = fingerprint(self.files)
 
@@ -56,7 +56,8 @@ def volume(path: Path, shape_only: bool = False) -> torch.Tensor | tuple[int, ..
             entry = safe_open(path, "pt").get_slice("volume")
             kind, shape = entry.get_dtype(), tuple(entry.get_shape())
             holds_numbers = kind not in ("BOOL", "C64")
-        check(holds_numbers, "its type", kind, "of floating-point numbers or integers")
+        if not holds_numbers:
+            raise ValueError(f"its numbers are {kind}, and must be floating-point numbers or integers")
         if shape_only:
             return shape
         x = torch.from_numpy(np.array(entry, np.float32)) if path.suffix == ".npy" else entry[:].float()

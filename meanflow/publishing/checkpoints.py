@@ -18,10 +18,10 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, ModelMixin
 
-from meanflow.config import MeanFlowConfig
+from meanflow.config import MeanFlowConfig, Refusal, check
 from meanflow.data.vae import fingerprint, load_vae
 from meanflow.fetch import fetch
-from meanflow.files import Refusal, checksum, errors_as, read_json
+from meanflow.files import checksum, ensure, errors_as, read_json
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.publishing.pipeline import MeanFlowPipeline
 from models import NETWORKS
@@ -44,8 +44,7 @@ def find_checkpoint(folder: Path) -> Path:
     """
     is_checkpoint = folder in checkpoints(folder.parent) or (folder / "step.json").is_file()
     found = [folder] if is_checkpoint else checkpoints(folder)
-    if not found:
-        raise ValueError(f"{folder} is no run with a checkpoint, no checkpoint and no exported folder")
+    ensure(len(found) > 0, f"{folder} is no run with a checkpoint, no checkpoint and no exported folder")
     return found[-1]
 
 
@@ -67,9 +66,9 @@ def verify_checkpoint(folder: Path, parts: str | tuple[str, ...] = "") -> None:
         sums = read_json(folder / CHECKSUMS, **{"recipe.json": str})
     except Refusal as error:
         raise Refusal(f"{error}{advice}") from None
-    for name, value in sums.items():
-        if name.startswith(parts) and not ((folder / name).is_file() and checksum(folder / name) == value):
-            raise Refusal(f"{folder / name} is missing or damaged{advice}")
+    for name in filter(lambda name: name.startswith(parts), sums):
+        is_whole = (folder / name).is_file() and checksum(folder / name) == sums[name]
+        ensure(is_whole, f"{folder / name} is missing or damaged{advice}")
 
 
 def check_finite(net: ModelMixin, place: str | Path) -> ModelMixin:
@@ -79,8 +78,8 @@ def check_finite(net: ModelMixin, place: str | Path) -> ModelMixin:
         Refusal: one is not; the message names the place.
     """
     for name, weight in net.state_dict().items():
-        if not weight.isfinite().all():
-            raise Refusal(f"{place} has weights that are not finite, such as {name}: take an older checkpoint")
+        is_finite = bool(weight.isfinite().all())
+        ensure(is_finite, f"{place} has weights that are not finite, such as {name}: take an older checkpoint")
     return net
 
 
@@ -96,8 +95,7 @@ def load_network(folder: Path, ema: float | None = None, trust_remote_code: bool
     verify_checkpoint(folder, JSON)
     decays = read_json(folder / "recipe.json")["ema_decay"]
     decay = decays[0] if ema is None else ema
-    if decay not in decays:
-        raise ValueError(f"ema must be one of {', '.join(map(str, decays))} for {folder}, got {decay}")
+    check(decay in decays, "ema", decay, f"one of {', '.join(map(str, decays))} for {folder}")
     verify_checkpoint(folder, f"ema/{decay}/")
     average = folder / "ema" / str(decay)
     name, code = read_json(average / "config.json")["_class_name"], next(average.glob("modeling_*.py"), None)
@@ -113,12 +111,10 @@ def network_class(name: str, code: Path | None, trust_remote_code: bool) -> type
         ValueError: there is no such network, or its file is not trusted.
     """
     if code is None:
-        if name not in NETWORKS:
-            raise ValueError(f"{name} is no network of the zoo, and has no file of its own")
+        ensure(name in NETWORKS, f"{name} is no network of the zoo, and has no file of its own")
         return NETWORKS[name]
-    if not trust_remote_code:
-        advice = "read it, then give --trust-remote-code (in Python: trust_remote_code=True)"
-        raise ValueError(f"{code} is not this project's code, and would have been run: {advice}")
+    advice = "read it, then give --trust-remote-code (in Python: trust_remote_code=True)"
+    ensure(trust_remote_code, f"{code} is not this project's code, and would have been run: {advice}")
     with errors_as(f"{code} cannot be run"):
         spec = importlib.util.spec_from_file_location(code.stem, code)
         module = sys.modules[code.stem] = importlib.util.module_from_spec(spec)
@@ -153,18 +149,16 @@ def load_pipeline(source, ema=None, variant=None, revision=None, trust_remote_co
     """
     folder = fetch(source, revision, variant, code=trust_remote_code)
     if (folder / INDEX).is_file():
-        if ema is not None:
-            raise ValueError(f"ema {ema} is for runs: {source} holds one average")
+        ensure(ema is None, f"ema {ema} is for runs: {source} holds one average")
         return read_export(folder, variant, trust_remote_code)
     folder = find_checkpoint(folder)
-    if variant is not None:
-        raise ValueError(f"variant {variant} is for exported folders, and {folder} is a checkpoint")
+    ensure(variant is None, f"variant {variant} is for exported folders, and {folder} is a checkpoint")
     with errors_as(f"{folder} cannot be loaded"):
         net = load_network(folder, ema, trust_remote_code)
         recipe, metadata = (read_json(folder / f"{name}.json") for name in ("recipe", "data"))
         vae = load_vae(recipe["vae"]) if recipe["vae"] else None
-        if vae is not None and metadata.get("vae_sha256") not in (None, fingerprint(vae)):
-            raise ValueError(f"vae: {recipe['vae']} has other weights than in training")
+        is_same = vae is None or metadata.get("vae_sha256") in (None, fingerprint(vae))
+        ensure(is_same, f"vae: {recipe['vae']} has other weights than in training")
         id2label = dict(enumerate(metadata.get("classes", [])))
         return MeanFlowPipeline(net, vae, read_sampling(folder), id2label, metadata.get("latents"))
 
@@ -177,8 +171,8 @@ def read_export(folder: Path, variant: str | None, trust_remote_code: bool) -> M
         code = folder / "net" / f"{module}.py" if module.startswith("modeling_custom_") else None
         sums = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}  # version 0.1 wrote none
         for path in folder.glob("*/*.safetensors"):
-            if checksum(path) != sums.get(path.relative_to(folder).as_posix(), checksum(path)):
-                raise Refusal(f"{path} is damaged: export or download it again")
+            is_whole = sums.get(path.relative_to(folder).as_posix()) in (None, checksum(path))
+            ensure(is_whole, f"{path} is damaged: export or download it again")
         net = network_class(name, code, trust_remote_code).from_pretrained(folder / "net", **options)
         check_finite(net, folder)
         has_vae = (index.get("vae") or [None])[0]

@@ -1,5 +1,6 @@
 """Writing checkpoints, and resuming from them. publishing/checkpoints.py says what they hold, and reads them."""
 
+import errno
 import os
 import shutil
 import socket
@@ -11,13 +12,14 @@ from threading import Thread
 import torch
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor
 
-from meanflow.config import FREE_ON_RESUME, TrainConfig, different, flatten, with_defaults
+from meanflow.config import FREE_ON_RESUME, TrainConfig, check, different, flatten, with_defaults
 from meanflow.fetch import fetch
-from meanflow.files import checksums, errors_as, first_line, read_json, sync, unused, write_json
+from meanflow.files import checksums, ensure, errors_as, first_line, read_json, sync, unused, write_json
 from meanflow.objectives.base import Objective
 from meanflow.program import Shared
 from meanflow.publishing.checkpoints import CHECKSUMS, check_finite, checkpoints
@@ -45,18 +47,15 @@ def check_folder(folder: Path, fields: dict, metadata: dict) -> None:
         is_constant = old["schedule"] == fields["schedule"] == "constant"
         diff += different(old, fields, FREE_ON_RESUME | {"steps", "epochs"} if is_constant else FREE_ON_RESUME)
     elif not checkpoints(folder):
-        foreign = [name for name in WRITTEN if (folder / name).exists()]
-        if foreign:
-            words = f"{folder} has {', '.join(foreign)}, which no run of this program wrote"
-            raise ValueError(f"{words}: choose another --out")
+        foreign = ", ".join(name for name in WRITTEN if (folder / name).exists())
+        ensure(not foreign, f"{folder} has {foreign}, which no run of this program wrote: choose another --out")
     if (folder / "data.json").exists() and not fields["allow_data_change"]:
         old = read_json(folder / "data.json", count=int)
         differing = different(old, {name: metadata[name] for name in metadata if name in old}, PLACES)
         diff += [(f"data.json's {name}", there, here) for name, there, here in differing]
         advice = "--allow-data-change goes on where samples were only repaired or removed" if differing else advice
-    if diff:
-        words = ", ".join(f"{name} {there!s:.80} there, {here!s:.80} here" for name, there, here in diff)
-        raise ValueError(f"{folder} belongs to another recipe ({words}): {advice}")
+    words = ", ".join(f"{name} {there!s:.80} there, {here!s:.80} here" for name, there, here in diff)
+    ensure(not diff, f"{folder} belongs to another recipe ({words}): {advice}")
 
 
 def claim_folder(folder: Path, fields: dict, metadata: dict) -> FileLock:
@@ -70,11 +69,13 @@ def claim_folder(folder: Path, fields: dict, metadata: dict) -> FileLock:
     lock, owner = FileLock(folder / ".lock", timeout=0), folder / ".owner"
     try:
         lock.acquire()
-    except NotImplementedError:  # the file system has no locks
-        print(f"warning: {folder} cannot be locked: see that only one run uses it", file=sys.stderr)
     except Timeout:
         name = owner.read_text().strip() if owner.exists() else "unknown"
         raise ValueError(f"{folder} is in use by another run ({name}): choose another --out") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # which network file systems without locks give
+            raise
+        print(f"warning: {folder} cannot be locked: see that only one run uses it", file=sys.stderr)
     owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     write_json(folder / "recipe.json", fields)
     write_json(folder / "data.json", metadata)
@@ -91,10 +92,10 @@ def on_processes(accelerator, part, *args, only_main: bool = True):
     try:
         if accelerator.is_main_process or not only_main:
             result = part(*args)
-    except Exception as exception:  # by three packages: OSError, RuntimeError, SafetensorError
+    except Exception as exception:
         error = exception
     lines = [line for line in gather_object([error and first_line(error)]) if line is not None]
-    if isinstance(error, (ArithmeticError, AttributeError, LookupError, NameError, TypeError)):
+    if error is not None and not isinstance(error, (ValueError, OSError, SafetensorError)):
         raise error  # a fault of the code, which needs its traceback
     if lines:
         raise Shared(lines[0])
@@ -212,13 +213,12 @@ def choose_checkpoint(recipe: TrainConfig) -> Path | None:
         ValueError: recipe.resume cannot be followed.
     """
     newest = next(reversed(checkpoints(recipe.out)), None)
-    if recipe.resume == "never" and newest:
-        raise ValueError(f"resume is never, but {recipe.out} has checkpoints: choose another --out")
+    is_fresh = recipe.resume != "never" or newest is None
+    ensure(is_fresh, f"resume is never, but {recipe.out} has checkpoints: choose another --out")
     if recipe.resume in ("auto", "never"):
         return newest
     folder = Path(recipe.resume).expanduser()
-    if not (folder / "step.json").is_file():
-        raise ValueError(f"resume must be auto, never or the folder of a checkpoint, got {recipe.resume}")
+    check((folder / "step.json").is_file(), "resume", recipe.resume, "auto, never or the folder of a checkpoint")
     return folder
 
 
@@ -240,7 +240,8 @@ def load_optimizer(folder: Path, objective: Objective, optimizer: torch.optim.Op
     prefix = "" if any(key.startswith("net.") for key in saved) else "net."
     for key, value in saved.items():
         weight, name = key.rsplit(".", 1)
-        values["state"][prefix + weight][name] = value
+        # The file's own memory would keep the room that the file takes on the disk, after it is pruned.
+        values["state"][prefix + weight][name] = value.clone()
     options = state_dict.StateDictOptions(full_state_dict=True)
     state_dict.set_optimizer_state_dict(objective, optimizer, values, options=options)
 

@@ -62,7 +62,10 @@ class Guard:
         self.warned_of_growth = False
 
     def __enter__(self) -> "Guard":
-        self.handlers_before = {number: signal.signal(number, self.receive) for number in SIGNALS}
+        handlers = dict.fromkeys(SIGNALS, self.receive)
+        if hasattr(signal, "SIGCHLD"):  # torch would raise amid a step when a loading process dies; the loader finds it
+            handlers[signal.SIGCHLD] = signal.SIG_DFL
+        self.handlers_before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_) -> None:

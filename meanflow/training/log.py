@@ -1,6 +1,7 @@
 """The run's log: log.jsonl, loss.png and the trackers."""
 
 import json
+import os
 import secrets
 import shutil
 import sys
@@ -142,15 +143,13 @@ def split_channels(line: dict) -> dict:
 
 def append(path: Path, lines: str) -> None:
     """Appends all of these lines or, where the disk is full, nothing."""
-    with path.open("ab", buffering=0) as file:
-        size = file.tell()
-        try:
-            written = file.write(lines.encode())
-            if written < len(lines.encode()):
-                raise OSError("no space left on the disk")
-        except OSError:
-            file.truncate(size)
-            raise
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(lines)
+    except OSError:
+        os.truncate(path, size)
+        raise
 
 
 def parse(line: str) -> dict | None:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from diffusers import ModelMixin
 
-from meanflow.config import TrainConfig, check, recipe_fields
+from meanflow.config import Refusal, TrainConfig, check, recipe_fields
 from meanflow.data.base import Data, check_fits
 from meanflow.data.loader import SlotBatches
+from meanflow.files import ensure, first_line
 from meanflow.objectives import OBJECTIVES
 from meanflow.objectives.base import Objective
 from meanflow.program import environment_number
@@ -55,25 +56,22 @@ def make_net(recipe: TrainConfig, data: Data, own: type[ModelMixin] | None = Non
     Raises:
         ValueError: there is no such network, or it does not take the data's shape.
     """
-    if own is None and recipe.model not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {recipe.model}")
-    if own is not None and own.__module__ == "__main__":
-        raise ValueError(f"net: {own.__name__} must stand in a file of its own, which travels with its weights")
-    channels, *size = data.shape
-    sizes = recipe.net
-    for name, value in sizes.items() if own is None else ():
-        least = 0 if name in ("dropout", "augment_dim", "attention") else 1e-9
-        check(min(value if isinstance(value, tuple) else [value]) >= least, f"net.{name}", value, "> 0")
-    if recipe.smoke and own is None:
-        sizes = {**sizes, **SMALL.get(recipe.model, SMALL.get(recipe.model.split("-")[0], {}))}
-    kind = own or MODELS[recipe.model]
+    (channels, *size), sizes, kind = data.shape, recipe.net, own or MODELS.get(recipe.model)
+    check(kind is not None, "model", recipe.model, f"one of {', '.join(MODELS)}")
+    if own is None:
+        for name, value in sizes.items():
+            least = 0 if name in ("dropout", "augment_dim", "attention") else 1e-9
+            check(min(value if isinstance(value, tuple) else [value]) >= least, f"net.{name}", value, "> 0")
+        small = SMALL.get(recipe.model, SMALL.get(recipe.model.split("-")[0], {})) if recipe.smoke else {}
+        sizes = {**sizes, **small}
+    else:
+        check(own.__module__ != "__main__", "net", own.__name__, "in a file of its own, which travels with its weights")
     try:
         net = kind(input_size=tuple(size), in_channels=channels, num_classes=data.num_classes, **sizes)
-    except TypeError as error:  # it does not know a size
-        raise ValueError(f"net: {recipe.model} cannot be made of {recipe.net}: {error}") from None
+    except (TypeError, LookupError, RuntimeError) as error:  # it does not know a size, or cannot have it
+        raise Refusal(f"net: {recipe.model} cannot be made of {recipe.net}: {first_line(error)}") from None
     augment_dim = net.config.get("augment_dim", 0)
-    if augment_dim != (6 if recipe.augment else 0):
-        raise ValueError(f"net.augment_dim must be 6 with augment and 0 without, got {augment_dim}")
+    check(augment_dim == 6 * bool(recipe.augment), "net.augment_dim", augment_dim, "6 with augment and 0 without")
     return net
 
 
@@ -102,13 +100,11 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own=Parts
         ValueError: a choice that cannot work; the message names it.
     """
     objective = own.objective or OBJECTIVES.get(type(recipe.objective))
-    if objective is None:
-        raise ValueError(f"objective: none goes with {type(recipe.objective).__name__}: give one to run(objective=...)")
+    options = type(recipe.objective).__name__
+    ensure(objective is not None, f"objective: none goes with {options}: give one to run(objective=...)")
     for name in recipe.track:
-        if find_spec(name) is None:
-            raise ValueError(f"track: {name} is not installed: pip install 'meanflow[track]'")
-    if not len(data):
-        raise ValueError(f"data: {recipe.data} has no samples")
+        ensure(find_spec(name) is not None, f"track: {name} is not installed: pip install 'meanflow[track]'")
+    ensure(len(data) > 0, f"data: {recipe.data} has no samples")
     check_launch(recipe)
     check_memory(recipe, data, num_processes)
     done = saved_step(start) if start else 0
@@ -143,10 +139,8 @@ def check_memory(recipe: TrainConfig, data: Data, num_processes: int) -> None:
         batches = 2 * (recipe.workers + recipe.accumulation_steps) + 1
         held = batches * batch * environment_number("LOCAL_WORLD_SIZE", 1)
         free = shutil.disk_usage("/dev/shm").free
-        words = f"{gib(free)} free, and batches of --workers {recipe.workers} need {gib(held)}"
-        check(
-            held <= free, "/dev/shm", words, "larger: give --workers 0, or a container more of it (docker's --shm-size)"
-        )
+        lack = f"{gib(free)} free, and the batches of {recipe.workers} workers need {gib(held)}"
+        ensure(held <= free, f"/dev/shm has {lack}: --workers 0, or more of it for a container (docker's --shm-size)")
 
 
 def check_disk(recipe: TrainConfig, total: int, size: int) -> int:
@@ -155,9 +149,10 @@ def check_disk(recipe: TrainConfig, total: int, size: int) -> int:
     there = next(path for path in (recipe.out, *recipe.out.absolute().parents) if path.exists())
     free, at_once = shutil.disk_usage(there).free, checkpoints_at_once(recipe, total)
     needed = max(1, at_once - len(done)) * size
-    if needed > free and max(done, default=0) < total:
-        lack = f"{gib(free)} free, and {at_once} checkpoints of {gib(size)} need {gib(needed)} more"
-        raise ValueError(f"out: {recipe.out} has {lack}: make room, lower --keep, or choose another --out")
+    is_finished = max(done, default=0) >= total
+    lack = f"{gib(free)} free, and {at_once} checkpoints of {gib(size)} need {gib(needed)} more"
+    advice = "make room, lower --keep, or choose another --out"
+    ensure(needed <= free or is_finished, f"out: {recipe.out} has {lack}: {advice}")
     return free
 
 

@@ -25,10 +25,10 @@ from tqdm import tqdm
 from meanflow.config import TrainConfig, check, recipe_fields
 from meanflow.data.loader import Ahead, make_loader
 from meanflow.data.sources import load_data
-from meanflow.files import first_line, read_json, write_json
+from meanflow.files import ensure, first_line, read_json, write_json
 from meanflow.noise import stream_seed
 from meanflow.objectives.jvp import support_fsdp2
-from meanflow.program import environment_number
+from meanflow.program import INTERRUPTED, environment_number
 from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
 from meanflow.publishing.export import export
 from meanflow.publishing.hub import Pusher
@@ -117,11 +117,11 @@ class Trainer:
         progress = self.restore()
         self.step = progress["step"]
         self.log = Log(self.accelerator, self.recipe, self.fields, progress)
-        code, reason = FAILED, "interrupted"
+        code, reason = INTERRUPTED, "interrupted"
         try:
             code, reason = self.train_to_end(progress)
         except Exception as error:
-            reason = first_line(error)
+            code, reason = FAILED, first_line(error)
             raise
         finally:
             if self.accelerator.is_main_process:
@@ -146,8 +146,8 @@ class Trainer:
         on_processes(accelerator, self.loader.begin, only_main=False)
         self.objective.train()
         self.raw_loss, stop = 0.0, None
-        about_bar = {"unit": "step", "mininterval": 1, "disable": not accelerator.is_main_process}
-        self.bar = tqdm(initial=self.step, total=self.total, **about_bar)
+        is_quiet = not accelerator.is_main_process
+        self.bar = tqdm(initial=self.step, total=self.total, unit="step", mininterval=1, disable=is_quiet)
         with self.bar, Guard(accelerator, recipe, progress) as self.guard:
             micro_steps = enumerate(self.log.timed(self.loader), start=self.step * recipe.accumulation_steps)
             for micro_step, batch in micro_steps:
@@ -219,7 +219,8 @@ class Trainer:
                 with log.clock("saving"):
                     self.writer.save({"step": self.step, **guard.state, **log.state()})
                 if is_push and self.writer.wait() and self.pusher:
-                    self.pusher.start(checkpoints(recipe.out)[-1])
+                    with log.optional("push"):
+                        self.pusher.start(checkpoints(recipe.out)[-1])
         if self.step % recipe.sample_every == 0 or is_last:
             with log.clock("samples"), log.optional("samples/"):
                 average, sampling = self.averages.nets[str(recipe.ema_decay[0])], self.bare.sampling(recipe.objective)
@@ -282,9 +283,9 @@ def make_accelerator(recipe: TrainConfig) -> Accelerator:
         ValueError: the launch is not what it looks like, or FSDP is set up in a way that cannot work.
     """
     world_size = environment_number("WORLD_SIZE", 1)
-    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
-        fact = "accelerate launch was asked for several processes and started one"
-        raise ValueError(f"{fact}: add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml")
+    is_one = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+    advice = "add --multi_gpu (on CPUs, too), or use accelerate_configs/cpu_2proc.yaml"
+    ensure(not is_one, f"accelerate launch was asked for several processes and started one: {advice}")
     options = {"mixed_precision": recipe.mixed_precision, "gradient_accumulation_steps": recipe.accumulation_steps}
     options |= {"log_with": list(recipe.track) or None, "project_dir": recipe.out}
     warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated")  # Accelerate has no field for its successor
@@ -292,8 +293,8 @@ def make_accelerator(recipe: TrainConfig) -> Accelerator:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     patience = InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.timeout))
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp, patience], **options)
-    if accelerator.num_processes != world_size:
-        raise ValueError(f"{world_size} processes were launched that do not know of each other")
+    is_whole = accelerator.num_processes == world_size
+    ensure(is_whole, f"{world_size} processes were launched that do not know of each other")
     if accelerator.distributed_type == DistributedType.FSDP:
         prepare_sharding(accelerator)
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
