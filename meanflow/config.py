@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 # A repository of the Hub: user/name.
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
@@ -29,17 +29,27 @@ def check(ok: bool, name: str, value: object, allowed: str) -> None:
         raise Refusal(f"{name} must be {allowed}, got {value}")
 
 
-def check_each(config: object, names: tuple[str, ...], ok, allowed: str) -> None:
-    """Checks each of these fields that is not None."""
-    for name in names:
-        value = getattr(config, name)
-        check(value is None or ok(value), name, value, allowed)
+# Ranges of numbers: what is said of them, and whether a number is in one.
+POSITIVE = ("> 0", lambda x: x > 0)
+NOT_NEGATIVE = (">= 0", lambda x: x >= 0)
+COUNT = (">= 1", lambda x: x >= 1)
+ABOVE_1 = ("> 1", lambda x: x > 1)
+SHARE = ("in [0, 1]", lambda x: 0 <= x <= 1)
+BELOW_1 = ("in [0, 1)", lambda x: 0 <= x < 1)
+INSIDE = ("in (0, 1)", lambda x: 0 < x < 1)
+SEED = ("in [0, 2^32)", lambda x: 0 <= x < 2**32)
 
 
 def check_values(config: object) -> None:
-    """Checks that every float is finite, every text has letters, and every Literal has one of its values."""
+    """Checks each field: its range, if its type is Annotated with one, which holds for each number of several.
+
+    Floats must be finite, texts must have letters, and a Literal has one of its values.
+    """
     for f in fields(config):
         value = getattr(config, f.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        for allowed, holds in getattr(f.type, "__metadata__", ()):
+            check(value is None or (len(numbers) > 0 and all(map(holds, numbers))), f.name, value, allowed)
         check(not isinstance(value, float) or math.isfinite(value), f.name, value, "finite")
         check(value != "", f.name, "nothing", "left out or given a value")
         if get_origin(f.type) is Literal:
@@ -69,39 +79,39 @@ class MeanFlowConfig(ObjectiveConfig):
 
     # share of the samples that may have r != t, in [0, 1]; the others have r = t, so they are flow matching. With
     # time_sampler v1 some of the share have r = t, too
-    meanflow_ratio: float = 0.25
+    meanflow_ratio: Annotated[float, SHARE] = 0.25
     # v0 (the paper's): t and r are the maximum and the minimum of two logit-normal draws; v1 (the authors' CIFAR-10
     # code): t is drawn by itself, and r = min(t, r)
     time_sampler: Literal["v0", "v1"] = "v0"
     # mean of logit(t)
     P_mean: float = -0.4
     # standard deviation of logit(t), > 0
-    P_std: float = 1.0
+    P_std: Annotated[float, POSITIVE] = 1.0
     # mean of logit(r); default: P_mean
     P_mean_r: float | None = None
     # standard deviation of logit(r), > 0; default: P_std
-    P_std_r: float | None = None
+    P_std_r: Annotated[float | None, POSITIVE] = None
     # power of the adaptive weight 1 / (squared error + norm_eps)^norm_p, >= 0; 0: no weight, 0.5: pseudo-Huber
-    norm_p: float = 1.0
+    norm_p: Annotated[float, NOT_NEGATIVE] = 1.0
     # added to the squared error in the adaptive weight, > 0 (official code: 0.01 for ImageNet, 0.001 for CIFAR-10)
-    norm_eps: float = 0.01
+    norm_eps: Annotated[float, POSITIVE] = 0.01
     # guidance in training: weight of the true velocity, > 0; the effective scale is omega / (1 - kappa)
-    omega: float = 1.0
+    omega: Annotated[float, POSITIVE] = 1.0
     # guidance in training: weight of the class-conditional prediction, in [0, 1)
-    kappa: float = 0.0
+    kappa: Annotated[float, BELOW_1] = 0.0
     # guidance acts only on times t >= t_start, in [0, 1]
-    t_start: float = 0.0
+    t_start: Annotated[float, SHARE] = 0.0
     # guidance acts only on times t <= t_end, in [0, 1]
-    t_end: float = 1.0
+    t_end: Annotated[float, SHARE] = 1.0
     # share of the labels that become the null class, in [0, 1]; their velocity is not guided
-    class_dropout_prob: float = 0.1
+    class_dropout_prob: Annotated[float, SHARE] = 0.1
     # which labels may become the null class. independent: any; flow: only those of r = t samples, as in the official
     # code; the dropped share of all labels stays class_dropout_prob
     null_class: Literal["independent", "flow"] = "independent"
     # what the network returns. u: the average velocity; x: the clean sample, so that u = (z - x) / max(t, t_min)
     prediction: Literal["u", "x"] = "u"
     # with prediction x: the smallest t that is drawn and that is divided by, in (0, 1)
-    t_min: float = 0.05
+    t_min: Annotated[float, INSIDE] = 0.05
     # how du/dt is computed; finite-difference is for networks that have no forward-mode derivative
     jvp: Literal["exact", "finite-difference"] = "exact"
     # weight of each channel's squared error: numbers; inverse-variance: 1 / the variance of each channel of the data;
@@ -109,14 +119,8 @@ class MeanFlowConfig(ObjectiveConfig):
     channel_weights: tuple[float, ...] | Literal["inverse-variance"] | None = None
 
     def __post_init__(self) -> None:
-        shares = ("meanflow_ratio", "class_dropout_prob", "t_start", "t_end")
-        check_each(self, shares, lambda x: 0 <= x <= 1, "in [0, 1]")
         super().__post_init__()
-        check_each(self, ("P_std", "P_std_r", "norm_eps", "omega"), lambda x: x > 0, "> 0")
-        check(self.norm_p >= 0, "norm_p", self.norm_p, ">= 0")
-        check(0 <= self.kappa < 1, "kappa", self.kappa, "in [0, 1)")
         check(self.t_start <= self.t_end, "t_start", self.t_start, f"<= t_end, which is {self.t_end}")
-        check(0 < self.t_min < 1, "t_min", self.t_min, "in (0, 1)")
         weights = self.channel_weights
         are_numbers = isinstance(weights, (tuple, list)) and len(weights) > 0 and min(weights) > 0
         allowed = "numbers > 0, inverse-variance or None"
@@ -153,12 +157,12 @@ class TrainConfig:
     # digits of scikit-learn; shapes: 512 synthetic volumes
     data: str = "digits"
     # height and width of the images before a VAE; a latent cache must have been made at it
-    resolution: int | None = None
+    resolution: Annotated[int | None, POSITIVE] = None
     # folder, Hub id or ID@REVISION of the AutoencoderKL that made the latents, or that encodes the images at each
     # step; none: train on pixels
     vae: str | None = None
     # the factor that the VAE's latents are multiplied by; a latent cache must have noted the same
-    scaling_factor: float | None = None
+    scaling_factor: Annotated[float | None, POSITIVE] = None
     # how latents are normalised. scale: by the scaling factor; channel: each channel of the cache to mean 0 and
     # standard deviation 1
     normalization: Literal["scale", "channel"] = "scale"
@@ -169,11 +173,11 @@ class TrainConfig:
     flip: bool = False
     # probability of each of EDM's augmentations (arXiv:2206.00364), in [0, 1]; the network is told of them and needs
     # net.augment_dim 6
-    augment: float = 0.0
+    augment: Annotated[float, SHARE] = 0.0
     # use the data's classes; no-class-conditional: train as if there were none
     class_conditional: bool = True
     # train on only this many classes, and on this many images of each
-    subset: tuple[int, int] | None = None
+    subset: Annotated[tuple[int, int] | None, COUNT] = None
     # give each image one fixed noise, so that a network can memorise the pairs
     fixed_noise: bool = False
     # name of the network, in models.MODELS
@@ -184,25 +188,25 @@ class TrainConfig:
     # what is minimised: by default the objective of arXiv:2505.13447
     objective: ObjectiveConfig = MeanFlowConfig()
     # passes over the data
-    epochs: float | None = None
+    epochs: Annotated[float | None, POSITIVE] = None
     # optimiser steps; they take precedence over epochs
-    steps: int | None = None
+    steps: Annotated[int | None, POSITIVE] = None
     # images per optimiser step, over all processes and accumulation steps
-    global_batch: int = 256
+    global_batch: Annotated[int, COUNT] = 256
     # micro-batches per optimiser step and process
-    accumulation_steps: int = 1
+    accumulation_steps: Annotated[int, COUNT] = 1
     # learning rate, > 0
-    lr: float = 1e-4
+    lr: Annotated[float, POSITIVE] = 1e-4
     # betas of Adam, in [0, 1)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], BELOW_1] = (0.9, 0.95)
     # decoupled weight decay, >= 0: 0 trains by Adam, more by AdamW, which spares norms, biases and embeddings
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     # the learning rate after the warm-up; cosine and linear end at 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     # optimiser steps over which the learning rate rises linearly; with 0 the first step has the full rate
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     # clip the gradient to this norm, > 0; none: no clipping
-    max_grad_norm: float | None = None
+    max_grad_norm: Annotated[float | None, POSITIVE] = None
     # bf16: autocast; weights, times, the loss and the averages stay float32
     mixed_precision: Literal["no", "bf16"] = "no"
     # tf32: GPUs multiply float32 matrices in TF32, with 10 bits of mantissa; no-tf32: in float32
@@ -210,17 +214,17 @@ class TrainConfig:
     # compile the step by torch.compile: the first step takes minutes, the others less time
     compile: bool = False
     # decays of the averaged weights, in [0, 1); the sample pictures use the first average
-    ema_decay: tuple[float, ...] = (0.9999,)
+    ema_decay: Annotated[tuple[float, ...], BELOW_1] = (0.9999,)
     # data order, noise, times and label drop are functions of the seed, the step and the place in the batch
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     # optimiser steps between lines of log.jsonl
-    log_every: int = 50
+    log_every: Annotated[int, COUNT] = 50
     # optimiser steps between sample pictures
-    sample_every: int = 1000
+    sample_every: Annotated[int, COUNT] = 1000
     # optimiser steps between checkpoints; the last step always has one
-    checkpoint_every: int = 1000
+    checkpoint_every: Annotated[int, COUNT] = 1000
     # how many of the newest checkpoints are kept
-    keep: int = 2
+    keep: Annotated[int, COUNT] = 2
     # auto: go on from the newest checkpoint of --out, if there is one; never: refuse a folder that has one; or the
     # folder of a checkpoint to go on from
     resume: str = "auto"
@@ -230,22 +234,22 @@ class TrainConfig:
     activation_checkpointing: bool = False
     # warn when a channel's raw loss is this many times its running level, or when this level is this many times the
     # lowest that it has been, > 1
-    warn_at: float = 10.0
+    warn_at: Annotated[float, ABOVE_1] = 10.0
     # as warn_at, but halt the run, > 1
-    halt_at: float = 100.0
+    halt_at: Annotated[float, ABOVE_1] = 100.0
     # optimiser steps before the run can warn or halt
-    grace_steps: int = 200
+    grace_steps: Annotated[int, NOT_NEGATIVE] = 200
     # halt after so many steps in a row whose gradients are not finite; each such step is skipped
-    max_skipped: int = 10
+    max_skipped: Annotated[int, COUNT] = 10
     # Hub id to push the pipeline to, private at first; it is pushed in the background, and a failure does not touch
     # the run
     push_to_hub: str | None = None
     # optimiser steps between pushes; each also writes a checkpoint; none: push only at the end
-    push_every: int | None = None
+    push_every: Annotated[int | None, POSITIVE] = None
     # trackers that get the log's numbers, too
     track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     # processes that load data for each training process; 0: it loads between the steps
-    workers: int = 0
+    workers: Annotated[int, NOT_NEGATIVE] = 0
     # before the first step, compare the checksums of a latent cache, and read the header of every image and volume
     verify: bool = True
     # before the first step, read every sample
@@ -253,7 +257,7 @@ class TrainConfig:
     # go on with other data than the checkpoint's, such as after samples that cannot be read were repaired or removed
     allow_data_change: bool = False
     # minutes that a process waits for the others, such as for the first one to write a checkpoint
-    timeout: float = 30.0
+    timeout: Annotated[float, POSITIVE] = 30.0
     # print what the run would be, refuse what cannot work, and stop
     dry_run: bool = False
     # with --dry-run: what the run costs on so many of these GPUs, such as h100 64
@@ -268,22 +272,13 @@ class TrainConfig:
         object.__setattr__(self, "out", self.out.expanduser())
         check(self.out.name not in ("", ".."), "out", self.out, "a folder with a name, such as runs/mine")
         check(self.steps is not None or self.epochs is not None, "steps", self.steps, "given, or epochs")
-        sizes = ("steps", "epochs", "lr", "max_grad_norm", "resolution", "scaling_factor", "push_every", "timeout")
-        check_each(self, sizes, lambda x: x > 0, "> 0")
-        counts = ("log_every", "sample_every", "checkpoint_every", "global_batch", "accumulation_steps")
-        check_each(self, (*counts, "keep", "max_skipped"), lambda x: x >= 1, ">= 1")
-        check_each(self, ("warn_at", "halt_at"), lambda x: x > 1, "> 1")
-        check_each(self, ("warmup_steps", "workers", "grace_steps", "weight_decay"), lambda x: x >= 0, ">= 0")
-        check_each(self, ("seed",), lambda x: 0 <= x < 2**32, "in [0, 2^32)")
-        check_each(self, ("augment",), lambda x: 0 <= x <= 1, "in [0, 1]")
-        check_each(self, ("betas", "ema_decay"), lambda xs: len(xs) > 0 and all(0 <= x < 1 for x in xs), "in [0, 1)")
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
-        check_each(self, ("push_to_hub",), lambda x: re.fullmatch(HUB_ID, x), "a Hub id, user/name")
+        is_id = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub)
+        check(is_id, "push_to_hub", self.push_to_hub, "a Hub id, user/name")
         exact = getattr(self.objective, "jvp", "exact") == "exact"
         check(exact or not self.tf32, "tf32", self.tf32, "off with objective.jvp finite-difference, for its precision")
         check(self.plan is None or self.dry_run, "plan", self.plan, "given with dry_run")
         check(self.plan is None or self.plan[1] >= 1, "plan", self.plan, "1 GPU or more")
-        check(self.subset is None or min(self.subset) >= 1, "subset", self.subset, ">= 1")
         unscaled = self.vae is not None and None in (self.scaling_factor, self.resolution)
         check(not unscaled, "scaling_factor and resolution", None, f"given with a vae, {self.vae}")
 
