@@ -12,7 +12,7 @@ import math
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, Mlp, PatchEmbed
 from torch import Tensor, nn
 
 
@@ -37,21 +37,34 @@ def sincos_positions(width: int, *grid: int) -> Tensor:
     return torch.cat(codes, dim=1).float()
 
 
+class PatchEmbed3d(nn.Module):
+    """timm's PatchEmbed for volumes: (B, C, D, H, W) -> (B, N, D)."""
+
+    def __init__(self, size: tuple[int, ...], patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.grid_size = tuple(side // patch_size for side in size)
+        self.proj = nn.Conv3d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.proj(z).flatten(2).transpose(1, 2)
+
+
 class TimestepEmbedder(nn.Module):
     """Embeds a time in [0, 1], not multiplied by 1000: (B,) -> (B, D), in float32 under autocast too."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, num_features: int = 256):
         super().__init__()
-        # 128 frequencies, each with a cosine and a sine.
-        frequency = torch.exp(-math.log(10000.0) * torch.arange(128, dtype=torch.float32) / 128)
+        half = num_features // 2
+        frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
         self.register_buffer("frequency", frequency, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * 128, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
         # du_dt sees this path's rounding amplified, and the path costs next to nothing.
         with torch.autocast(t.device.type, enabled=False):
             angle = t[:, None] * self.frequency
-            return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+            features = torch.cat([angle.cos(), angle.sin()], dim=-1)
+            return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
 class DiTBlock(nn.Module):
@@ -114,15 +127,14 @@ class DiT(ModelMixin, ConfigMixin):
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads ({num_heads})")
         self.z_shape = (in_channels, *size)
         self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() sets it
-        self.grid = tuple(side // patch_size for side in size)  # of tokens
-        conv = nn.Conv2d if len(size) == 2 else nn.Conv3d
-        self.x_embedder = nn.ModuleDict({"proj": conv(in_channels, hidden_size, patch_size, stride=patch_size)})
+        embed = PatchEmbed if len(size) == 2 else PatchEmbed3d
+        self.x_embedder = embed(size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.h_embedder = TimestepEmbedder(hidden_size)
         if num_classes:
             # The table's last row is the null class.
             self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, hidden_size)})
-        self.register_buffer("pos_embed", sincos_positions(hidden_size, *self.grid), persistent=False)
+        self.register_buffer("pos_embed", sincos_positions(hidden_size, *self.x_embedder.grid_size), persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size ** len(size) * in_channels)
         self.reset_parameters()
@@ -152,7 +164,7 @@ class DiT(ModelMixin, ConfigMixin):
         if (y is None) != (self.config.num_classes == 0):
             must = "must" if y is None else "must not"
             raise ValueError(f"num_classes is {self.config.num_classes}, so y {must} be given")
-        x = self.x_embedder.proj(z).flatten(2).transpose(1, 2).contiguous() + self.pos_embed  # (B, N, D)
+        x = self.x_embedder(z).contiguous() + self.pos_embed  # (B, N, D); PatchEmbed leaves it transposed
         c = self.t_embedder(t) + self.h_embedder(h)  # (B, D)
         if y is not None:
             c = c + self.y_embedder.embedding_table(y)
@@ -163,8 +175,9 @@ class DiT(ModelMixin, ConfigMixin):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B, N, p * p * C) -> (B, C, *S); a token's features are ordered (row, column, channel), or (D, H, W, C)."""
-        axes = len(self.grid)
-        x = x.unflatten(1, self.grid).unflatten(-1, (*[self.config.patch_size] * axes, -1))  # (B, *grid, p, p, C)
+        grid = self.x_embedder.grid_size
+        axes = len(grid)
+        x = x.unflatten(1, grid).unflatten(-1, (*[self.config.patch_size] * axes, -1))  # (B, *grid, p, p, C)
         order = [0, -1]  # the batch, the channels, and then each axis of the grid beside the same axis of the patches
         for axis in range(1, axes + 1):
             order += [axis, axis + axes]

@@ -40,8 +40,10 @@ class Conv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if self.resample:
             weight = self.resample_filter.tile(x.shape[1], 1, 1, 1)
-            resample, gain = (F.conv_transpose2d, 4) if self.resample == "up" else (F.conv2d, 1)
-            x = resample(x, gain * weight, stride=2, padding=1, groups=x.shape[1])
+            if self.resample == "up":
+                x = F.conv_transpose2d(x, 4 * weight, stride=2, padding=1, groups=x.shape[1])
+            else:
+                x = F.conv2d(x, weight, stride=2, padding=1, groups=x.shape[1])
         return super().forward(x)
 
 
