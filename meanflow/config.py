@@ -31,6 +31,7 @@ def check(ok: bool, name: str, value: object, allowed: str) -> None:
 
 # Ranges of numbers: what is said of them, and whether a number is in one.
 POSITIVE = ("> 0", lambda x: x > 0)
+SPAN = ("> 0 and at most 1e9", lambda x: 0 < x <= 1e9)
 NOT_NEGATIVE = (">= 0", lambda x: x >= 0)
 COUNT = (">= 1", lambda x: x >= 1)
 ABOVE_1 = ("> 1", lambda x: x > 1)
@@ -51,6 +52,7 @@ def check_values(config: object) -> None:
         for allowed, holds in getattr(f.type, "__metadata__", ()):
             check(value is None or (len(numbers) > 0 and all(map(holds, numbers))), f.name, value, allowed)
         check(not isinstance(value, float) or math.isfinite(value), f.name, value, "finite")
+        check(not isinstance(value, int) or abs(value) < 2**40, f.name, value, "smaller than 2^40")
         check(value != "", f.name, "nothing", "left out or given a value")
         if get_origin(f.type) is Literal:
             choices = get_args(f.type)
@@ -188,7 +190,7 @@ class TrainConfig:
     # what is minimised: by default the objective of arXiv:2505.13447
     objective: ObjectiveConfig = MeanFlowConfig()
     # passes over the data
-    epochs: Annotated[float | None, POSITIVE] = None
+    epochs: Annotated[float | None, SPAN] = None
     # optimiser steps; they take precedence over epochs
     steps: Annotated[int | None, POSITIVE] = None
     # images per optimiser step, over all processes and accumulation steps
@@ -257,7 +259,7 @@ class TrainConfig:
     # go on with other data than the checkpoint's, such as after samples that cannot be read were repaired or removed
     allow_data_change: bool = False
     # minutes that a process waits for the others, such as for the first one to write a checkpoint
-    timeout: Annotated[float, POSITIVE] = 30.0
+    timeout: Annotated[float, SPAN] = 30.0
     # print what the run would be, refuse what cannot work, and stop
     dry_run: bool = False
     # with --dry-run: what the run costs on so many of these GPUs, such as h100 64
@@ -271,6 +273,9 @@ class TrainConfig:
         check(isinstance(self.out, Path), "out", repr(self.out), "a pathlib.Path")
         object.__setattr__(self, "out", self.out.expanduser())
         check(self.out.name not in ("", ".."), "out", self.out, "a folder with a name, such as runs/mine")
+        check(
+            str(self.out).isprintable(), "out", repr(str(self.out)), "a name in UTF-8, of letters that can be printed"
+        )
         check(self.steps is not None or self.epochs is not None, "steps", self.steps, "given, or epochs")
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
         is_id = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub)

@@ -6,9 +6,10 @@ import sys
 from dataclasses import replace
 
 from meanflow.config import Refusal, TrainConfig, check
-from meanflow.program import INTERRUPTED, end_with_launcher, environment_number, read_flags, refusals
+from meanflow.program import INTERRUPTED, end_with_launcher, environment_number, read_flags, refusals, unheard
 
 
+@unheard()
 def run(recipe: TrainConfig, objective: type | None = None, net: type | None = None, data=None, optimizer=None) -> None:
     """Trains a recipe. Every field is a flag; bad input ends the program with one line and code 2.
 

@@ -92,6 +92,39 @@ def read_flags(kind: type, default=None):
         raise
 
 
+class Unheard:
+    """A stream that goes on when nobody reads it any more, such as after `| head`, or when it is closed."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self) -> None:
+        self.write("")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What is printed inside never ends the program."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(Unheard, streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
 @contextmanager
 def refusals() -> Iterator[None]:
     """Ends the program with one line and code 2 where what is inside refuses its input.
@@ -99,16 +132,17 @@ def refusals() -> Iterator[None]:
     torch's launcher would report each of several processes in some 40 lines: the one that speaks ends it, and its death
     ends the others.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
     try:
-        yield
+        with unheard():
+            yield
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except SystemExit as end:  # tyro has spoken
         if end.code != REFUSED:
             raise
         speaks = is_first
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, OverflowError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         speaks = is_first or not isinstance(error, Shared)

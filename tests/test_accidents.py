@@ -165,6 +165,16 @@ def test_second_interrupt_leaves_no_traceback(recipe, monkeypatch):
     assert end.value.code == ended(recipe.out)[0] == 128 + signal.SIGINT
 
 
+def test_run_that_nobody_hears_any_more_goes_on(tmp_path):
+    """As with `| head -1`, or where the terminal has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "recipes/digits_dit.py", "--smoke", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 0 and ended(tmp_path / "run-smoke") == (0, 4)
+
+
 def test_run_whose_folder_is_deleted_goes_on(recipe, capfd):
     """What it writes afterwards is there."""
     assert in_child(recipe, at_steps({6: lambda: shutil.rmtree(recipe.out, ignore_errors=True)})) == 0

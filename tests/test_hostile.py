@@ -10,6 +10,8 @@ import resource
 import runpy
 import shutil
 import signal
+import struct
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -442,14 +444,14 @@ def test_samples_do_not_replace_someone_elses(finished, here, refused):
     save_images(here / "mine", "000000.png")
     before = snapshot(here)
     said = refused("sample", finished, "--num-images", 2, "--out", here / "mine")
-    assert_said("mine.*(not empty|another folder)", said)
+    assert_said("mine.*(not empty|another folder|belongs to the run)", said)
     assert snapshot(here) == before
 
 
 def test_samples_do_not_go_into_a_checkpoint(run, refused):
     before = snapshot(run)
     said = refused("sample", run, "--num-images", 2, "--out", run / "step-00000001")
-    assert_said("step-00000001.*(not empty|another folder)", said)
+    assert_said("step-00000001.*(not empty|another folder|belongs to the run)", said)
     assert snapshot(run) == before
 
 
@@ -861,3 +863,134 @@ def test_report_on_other_digits_than_all_ten_is_refused(flags, words, here, acce
     assert said.startswith("error: ")
     assert_said(words, said)
     assert snapshot(here) == before
+
+
+# What belongs to a run or an export already.
+
+
+def test_export_does_not_go_into_a_checkpoint(run, refused):
+    """Which has checksums, as an export has."""
+    before = snapshot(run)
+    for name in ("step-00000001", "step-00000002"):
+        assert_said("holds something else than an exported model", refused("export", run, "--out", run / name))
+    assert snapshot(run) == before
+
+
+def test_run_does_not_go_into_a_checkpoint_or_an_export(run, refused):
+    before = snapshot(run)
+    said = refused(*digits("--out", run / "step-00000002"))
+    assert_said("is a checkpoint: --out is the run's folder, and --resume takes a checkpoint", said)
+    assert_said("pipeline has .*model_index.json.*another --out", refused(*digits("--out", run / "pipeline")))
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["loss.png", "samples.png", "step-00000009", "samples", "pipeline/x.png", "step-00000002/x.npz"]
+)
+def test_samples_do_not_take_a_name_of_the_runs_own(name, run, refused):
+    before = snapshot(run)
+    assert_said("another name|outside of it", refused("sample", run, "--out", run / name))
+    assert snapshot(run) == before
+
+
+def test_checkpoint_with_another_name_is_refused(run, refused):
+    """Else the steps after it would be pruned as older ones."""
+    (run / "step-00000002").rename(run / "step-00000099")
+    assert_said("step-00000099 holds step 2: give it its name again, step-00000002", refused(*digits("--out", run)))
+
+
+def test_old_checkpoint_on_another_disk_does_not_hinder_saving(run, here, accepted):
+    (run / "step-00000001").rename(here / "moved")
+    (run / "step-00000001").symlink_to(here / "moved")
+    before = snapshot(here / "moved")
+    accepted(*digits("--steps", 6, "--checkpoint-every", 1, "--keep", 1, "--out", run))
+    assert [path.name for path in run.glob("*step-*")] == ["step-00000006"] and snapshot(here / "moved") == before
+
+
+def test_network_to_begin_with_is_compared(run, model, refused):
+    """Its bits, and the sizes that no weight shows."""
+    said = refused(*digits("--init-from", run / "step-00000002", "--net", "num_heads", 2))
+    assert_said("num_heads 4, and this network 2: --net num_heads 4", said)
+    flip_bit(run / f"step-00000002/model/{WEIGHTS}")
+    assert_said("is missing or damaged", refused(*digits("--init-from", run / "step-00000002")))
+    flip_bit(model / f"net/{WEIGHTS}")
+    assert_said("is damaged", refused(*digits("--init-from", model)))
+
+
+def test_run_may_begin_with_another_run(run, accepted):
+    accepted(*digits("--init-from", run, "--lr", 1e-3))
+
+
+def test_export_with_other_sizes_is_refused(model, refused):
+    path = model / "net/config.json"
+    path.write_text(path.read_text().replace('"num_heads": 4', '"num_heads": 2'))
+    assert_said("config.json is damaged", refused("sample", model, "--out", "x.png"))
+
+
+def test_twin_of_a_report_must_be_flow_matching(run, finished, refused):
+    assert_said("is no flow matching", refused("digits_report", run, "--flow", finished))
+
+
+# More of data and values.
+
+
+def test_deep_colours_are_refused(here, refused):
+    """48 bits a pixel, which Pillow reads as 24."""
+    folder = save_images(here / "photos", "a/0.png", "b/1.png")
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + bytes(range(48)) for _ in range(8)))
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    (folder / "a/deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    assert_said(r"deep\.png.*8 bits a channel", refused(*images(folder)))
+
+
+def test_files_that_are_no_volumes_are_spoken_of(here, accepted):
+    folder = save_volumes(here / "scans", "0.npy", "1.npy", "2.NPY")
+    (folder / "2.NPY.npy").rename(folder / "2.NPY")
+    os.mkfifo(folder / "pipe.npy")
+    assert_said("2 files or empty folders are left out: .*NPY, .*pipe.npy", accepted(*volumes(folder, "--dry-run")))
+
+
+def test_links_in_a_circle_do_not_hang(here, accepted):
+    folder = save_images(here / "photos", "a/0.png", "b/1.png")
+    for link in ("a/up", "b/up", "here"):
+        (folder / link).symlink_to(folder)
+    accepted(*images(folder, "--dry-run"))
+
+
+HUGE = "1" + 400 * "0"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--steps", HUGE], "steps must"),
+        (["--epochs", "1e308"], "epochs must"),
+        (["--global-batch", HUGE], "global_batch must"),
+        (["--resolution", HUGE], "resolution must"),
+        (["--warmup-steps", HUGE], "warmup_steps must"),
+        (["--timeout", "1e300"], "timeout must"),
+        (["--net", "mlp_ratio", "inf"], "net.mlp_ratio must"),
+        (["--net", "hidden_size", "1000000000000"], "net.hidden_size must"),
+        (["--out", "v\udcff"], "out must be a name in UTF-8"),
+    ],
+    ids=lambda value: value[0][2:] if isinstance(value, list) else "",
+)
+def test_value_beyond_all_bounds_is_named(flags, words, here, refused):
+    assert_said(words, refused(*digits(*flags, "--dry-run")))
+    assert snapshot(here) == {}
+
+
+@pytest.mark.parametrize("flag, name", [("--num-images", "num_images"), ("--num-steps", "num_steps")])
+def test_samples_beyond_all_bounds_are_refused(flag, name, finished, here, refused):
+    assert_said(f"{name} must be at most", refused("sample", finished, flag, HUGE, "--out", here / "samples"))
+
+
+def test_refusal_is_heard_whatever_the_rank(here, refused, monkeypatch):
+    """Unless a launcher of several processes is there."""
+    monkeypatch.setenv("RANK", "1")
+    assert_said("steps must be > 0, got 0", refused(*digits("--steps", 0)))

@@ -22,6 +22,7 @@ from typing import Literal
 
 import tyro
 
+from meanflow.config import check
 from meanflow.program import end_with_launcher, read_flags, refusals
 
 PICTURE = 4096  # images that one picture may have
@@ -67,9 +68,10 @@ class Options:
     """images at a time, of each process"""
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "num_steps", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name, most in (("num_images", 10**12), ("num_steps", 10_000), ("batch_size", 10**6)):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, ">= 1")
+            check(value is None or value <= most, name, value, f"at most {most:,}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
         if self.out.suffix == ".png" and (self.num_images or 0) > PICTURE:
@@ -181,6 +183,12 @@ def check_writable(out: Path, is_folder: bool) -> None:
     parent = out if is_folder else out.parent
     if out.suffix and is_folder and not out.is_dir() or out.is_dir() != is_folder and out.exists():
         raise ValueError(f"out must be x.png, x.npz or a folder, got {out}")
+    for place in (out.parent, out.parent.parent):
+        if (place / "step.json").exists() or (place / "model_index.json").exists():
+            raise ValueError(f"out: {place} is a checkpoint or an exported model: name a place outside of it")
+    is_of_run = out.name in ("loss.png", "samples.png", "samples", "pipeline") or out.name.startswith("step-")
+    if (out.parent / "recipe.json").exists() and is_of_run:
+        raise ValueError(f"out: {out} belongs to the run in {out.parent}: choose another name")
     if is_folder and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"out: the folder {out} is not empty: name another folder")
     parent.mkdir(parents=True, exist_ok=True)

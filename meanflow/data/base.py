@@ -1,5 +1,9 @@
 """The protocol of data. Data of your own are one class that follows it."""
 
+import os
+import sys
+from pathlib import Path
+
 import psutil
 import torch
 from tqdm import tqdm
@@ -17,6 +21,13 @@ def check_fits(size: int, name: str, value: object) -> None:
     """Refuses a value that needs more memory than this machine has; size: in bytes."""
     total = psutil.virtual_memory().total
     check(size <= total, name, value, f"such that {size / 2**30:.3g} GiB fit into memory, of {total / 2**30:.3g} GiB")
+
+
+def say_left_out(folder: Path, left_out: list[str]) -> None:
+    """Says which files of a folder of data are not taken."""
+    if left_out and os.environ.get("RANK", "0") == "0":
+        examples = ", ".join(sorted(left_out)[:3])
+        print(f"warning: {folder}: {len(left_out)} files or empty folders are left out: {examples}", file=sys.stderr)
 
 
 class Data:

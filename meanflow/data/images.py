@@ -2,7 +2,6 @@
 
 import io
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from meanflow.config import Refusal, check
-from meanflow.data.base import Data, UnreadableSample
+from meanflow.data.base import Data, UnreadableSample, say_left_out
 from meanflow.files import ensure, errors_as
-from meanflow.program import environment_number
 
 TABLES = (".parquet", ".arrow")
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
@@ -70,7 +68,7 @@ def open_source(source: str, split: str):
         pattern = f"**/{split}*" if has_split_tables else "**"
         rows = datasets.load_dataset(str(path), data_files=pattern, split="train")
         if not tables:
-            say_left_out(path, rows)
+            compare(path, rows)
         return rows
 
 
@@ -99,18 +97,16 @@ def split_folder(path: Path, split: str) -> Path:
     return path / split
 
 
-def say_left_out(folder: Path, rows) -> None:
+def compare(folder: Path, rows) -> None:
     """Says which files of a folder of images are not in its rows, and which of its folders are empty."""
-    walked = list(os.walk(folder, followlinks=True))
+    walked = list(os.walk(folder))
     files = [os.path.join(root, name) for root, _, names in walked for name in names]
     left_out = [root for root, folders, names in walked if not folders and not names]
     if len(files) != len(rows):
         column = rows.data.column(rows.column_names.index("image")).combine_chunks()
         taken = {os.path.realpath(path) for path in column.field("path").to_pylist()}
         left_out += [path for path in files if os.path.realpath(path) not in taken]
-    if left_out and environment_number("RANK", 0) == 0:
-        examples = ", ".join(sorted(left_out)[:3])
-        print(f"warning: {folder}: {len(left_out)} empty folders or files are left out: {examples}", file=sys.stderr)
+    say_left_out(folder, left_out)
 
 
 class ImageFiles(Data):
@@ -165,7 +161,8 @@ class ImageFiles(Data):
         return [str(name) for name in names], torch.tensor(labels)
 
     def name(self, index: int) -> str:
-        return (self.files[index][self.column] or {}).get("path") or f"{self.source}, row {index}"
+        name = (self.files[index][self.column] or {}).get("path") or f"{self.source}, row {index}"
+        return name if name.isprintable() else repr(name)
 
     @contextmanager
     def opened(self, index: int) -> Iterator[Image.Image]:
@@ -177,8 +174,8 @@ class ImageFiles(Data):
         file = self.files[index][self.column]
         with errors_as(f"{self.name(index)} is no readable image", UnreadableSample):
             with Image.open(io.BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
-                if image.mode[0] in "IF":
-                    raise ValueError(f"its mode is {image.mode}, and only images of 8 bits a channel are read")
+                if image.mode[0] in "IF" or ";16" in str(image.tile):
+                    raise ValueError(f"its mode is {image.mode} of more than 8 bits, and 8 bits a channel are read")
                 yield image
 
     def verify(self, part: int = 0, num_parts: int = 1) -> None:

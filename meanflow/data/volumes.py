@@ -6,14 +6,18 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from meanflow.data.base import Data, UnreadableSample
+from meanflow.data.base import Data, UnreadableSample, say_left_out
 from meanflow.files import ensure, errors_as, fingerprint
 
 SUFFIXES = (".npy", ".safetensors")
 
 
 def has_volumes(folder: Path) -> bool:
-    return folder.is_dir() and any(path.suffix in SUFFIXES for path in folder.iterdir())
+    return folder.is_dir() and any(has_suffix(path) for path in folder.iterdir())
+
+
+def has_suffix(path: Path) -> bool:
+    return path.suffix in SUFFIXES and path.is_file()
 
 
 class Volumes(Data):
@@ -26,7 +30,8 @@ class Volumes(Data):
     """
 
     def __init__(self, folder: Path):
-        self.files = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
+        self.files = [path for path in sorted(folder.iterdir()) if has_suffix(path)]
+        say_left_out(folder, [str(path) for path in folder.iterdir() if not has_suffix(path)])
         first, *others = self.files
         self.shape = volume(first, shape_only=True)
         is_volume = len(self.shape) == 4 and 0 not in self.shape
@@ -38,7 +43,11 @@ class Volumes(Data):
         self.metadata["fingerprint"] = fingerprint(self.files)
 
     def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[torch.Tensor, dict]:
-        return torch.stack([volume(self.files[index]) for index in indices]), {}
+        volumes = [volume(self.files[index]) for index in indices]
+        for index, x in zip(indices, volumes):
+            if x.shape != self.shape:
+                raise UnreadableSample(f"{self.files[index]} has become {tuple(x.shape)}, and was {self.shape}")
+        return torch.stack(volumes), {}
 
 
 def volume(path: Path, shape_only: bool = False) -> torch.Tensor | tuple[int, ...]:

@@ -13,6 +13,7 @@ checksums.json: the checksum of every other file
 """
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -51,7 +52,10 @@ def find_checkpoint(folder: Path) -> Path:
 def saved_step(folder: Path) -> int:
     """The step after which a checkpoint was saved."""
     verify_checkpoint(folder, JSON)
-    return read_json(folder / "step.json", step=int)["step"]
+    step = read_json(folder / "step.json", step=int)["step"]
+    is_named = not re.fullmatch(r"step-\d{8}", folder.name) or int(folder.name[5:]) == step
+    ensure(is_named, f"{folder} holds step {step}: give it its name again, step-{step:08d}")
+    return step
 
 
 def verify_checkpoint(folder: Path, parts: str | tuple[str, ...] = "") -> None:
@@ -69,6 +73,18 @@ def verify_checkpoint(folder: Path, parts: str | tuple[str, ...] = "") -> None:
     for name in filter(lambda name: name.startswith(parts), sums):
         is_whole = (folder / name).is_file() and checksum(folder / name) == sums[name]
         ensure(is_whole, f"{folder / name} is missing or damaged{advice}")
+
+
+def verify_export(folder: Path) -> None:
+    """Compares the weights in an exported folder, and the sizes of its networks, with their checksums.
+
+    Raises:
+        Refusal: a file is damaged; the message names it.
+    """
+    sums = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}  # version 0.1 wrote none
+    for path in (*folder.glob("*/*.safetensors"), *folder.glob("*/*.json")):
+        is_whole = sums.get(path.relative_to(folder).as_posix()) in (None, checksum(path))
+        ensure(is_whole, f"{path} is damaged: export or download it again")
 
 
 def check_finite(net: ModelMixin, place: str | Path) -> ModelMixin:
@@ -169,10 +185,7 @@ def read_export(folder: Path, variant: str | None, trust_remote_code: bool) -> M
         index, options = read_json(folder / INDEX), {"variant": variant, "use_safetensors": True}
         module, name = index["net"]
         code = folder / "net" / f"{module}.py" if module.startswith("modeling_custom_") else None
-        sums = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).exists() else {}  # version 0.1 wrote none
-        for path in folder.glob("*/*.safetensors"):
-            is_whole = sums.get(path.relative_to(folder).as_posix()) in (None, checksum(path))
-            ensure(is_whole, f"{path} is damaged: export or download it again")
+        verify_export(folder)
         net = network_class(name, code, trust_remote_code).from_pretrained(folder / "net", **options)
         check_finite(net, folder)
         has_vae = (index.get("vae") or [None])[0]

@@ -4,13 +4,14 @@ import json
 import shutil
 from pathlib import Path
 from string import Template
+from tempfile import TemporaryDirectory
 
 import torch
 
-from meanflow.config import FREE_ON_RESUME, flatten
+from meanflow.config import FREE_ON_RESUME, check, flatten
 from meanflow.files import checksum, checksums, ensure, errors_as, read_json, write_json
 from meanflow.pictures import middle_slices, save_grid
-from meanflow.publishing.checkpoints import CHECKSUMS, checkpoints, find_checkpoint, load_pipeline, saved_step
+from meanflow.publishing.checkpoints import CHECKSUMS, INDEX, checkpoints, find_checkpoint, load_pipeline, saved_step
 
 
 def export(source: Path, out: Path, ema=None, variants=(), license="other", datasets=(), trust_remote_code=False):
@@ -26,14 +27,16 @@ def export(source: Path, out: Path, ema=None, variants=(), license="other", data
         ValueError: source has no whole checkpoint, out holds something else, or the network's file is not trusted.
     """
     source, out = find_checkpoint(Path(source).expanduser()), Path(out).expanduser()
-    known = read_json(out / CHECKSUMS) if (out / CHECKSUMS).exists() else {}
-    files = (path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    check(out.name not in ("", "..") and (out.is_dir() or not out.exists()), "out", out, "a folder with a name")
+    is_export = (out / INDEX).is_file() and (out / CHECKSUMS).is_file()  # checkpoints have checksums, too
+    known = {CHECKSUMS: checksum(out / CHECKSUMS), **read_json(out / CHECKSUMS)} if is_export else {}
+    files = (path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
     foreign = next((name for name in files if name not in known or checksum(out / name) != known[name]), None)
     found = f"{out} holds something else than an exported model, such as {foreign}"
     ensure(foreign is None, f"{found}: choose another folder, or move that file away")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        temporary = Path(scratch) / "pipeline"
         pipe = load_pipeline(source, ema, trust_remote_code=trust_remote_code)
         pipe.save_pretrained(temporary)
         metrics = source.parent / "metrics.json"
@@ -45,10 +48,9 @@ def export(source: Path, out: Path, ema=None, variants=(), license="other", data
             pipe = load_pipeline(source, ema, trust_remote_code=trust_remote_code)
             cast(pipe, variant).save_pretrained(temporary, variant=variant)
         write_json(temporary / CHECKSUMS, checksums(temporary))
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            out.rename(Path(scratch) / "replaced")
         temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_picture(source: Path, pipe, path: Path, is_first_average: bool) -> None:

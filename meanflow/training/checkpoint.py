@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -17,12 +18,19 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor
 
-from meanflow.config import FREE_ON_RESUME, TrainConfig, check, different, flatten, with_defaults
+from meanflow.config import FREE_ON_RESUME, Refusal, TrainConfig, check, different, flatten, with_defaults
 from meanflow.fetch import fetch
 from meanflow.files import checksums, ensure, errors_as, first_line, read_json, sync, unused, write_json
 from meanflow.objectives.base import Objective
 from meanflow.program import Shared
-from meanflow.publishing.checkpoints import CHECKSUMS, check_finite, checkpoints
+from meanflow.publishing.checkpoints import (
+    CHECKSUMS,
+    INDEX,
+    check_finite,
+    checkpoints,
+    verify_checkpoint,
+    verify_export,
+)
 from meanflow.publishing.pipeline import network_file
 
 OPTIMIZER, OBJECTIVE = "optimizer.safetensors", "objective.safetensors"
@@ -31,7 +39,7 @@ WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What may differ between the metadata of the same data: where they lie, and the version that wrote them.
 PLACES = {"source", "vae", "vae_revision", "meanflow"}
 # What a run writes beside its checkpoints.
-WRITTEN = ("data.json", "log.jsonl", "loss.png", "samples", "pipeline", "push.log", "end.json")
+WRITTEN = ("data.json", "log.jsonl", "loss.png", "samples", "pipeline", "push.log", "end.json", ".owner", INDEX)
 
 
 def check_folder(folder: Path, fields: dict, metadata: dict) -> None:
@@ -197,13 +205,15 @@ class CheckpointWriter:
         temporary.rename(folder)
         sync(out)
         for old in checkpoints(out)[: -self.recipe.keep]:
-            old.rename(out / f".{old.name}.tmp")  # so that a kill during its removal leaves no half of it in sight
+            with suppress(OSError):  # that an old one cannot be removed does not matter
+                old.rename(out / f".{old.name}.tmp")  # so that a kill during its removal leaves no half of it in sight
         remove_temporary(out)
 
 
 def remove_temporary(out: Path) -> None:
-    for path in out.glob(".step-*.tmp"):
-        shutil.rmtree(path)
+    for path in out.glob(f".step-{8 * '[0-9]'}*.tmp"):
+        with suppress(OSError):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def choose_checkpoint(recipe: TrainConfig) -> Path | None:
@@ -212,6 +222,8 @@ def choose_checkpoint(recipe: TrainConfig) -> Path | None:
     Raises:
         ValueError: recipe.resume cannot be followed.
     """
+    is_run = not (recipe.out / "step.json").exists()
+    ensure(is_run, f"out: {recipe.out} is a checkpoint: --out is the run's folder, and --resume takes a checkpoint")
     newest = next(reversed(checkpoints(recipe.out)), None)
     is_fresh = recipe.resume != "never" or newest is None
     ensure(is_fresh, f"resume is never, but {recipe.out} has checkpoints: choose another --out")
@@ -261,6 +273,16 @@ def init_weights(net: torch.nn.Module, source: str) -> None:
         ValueError: there are none, or they are of another shape.
     """
     folder = fetch(source)
+    folder = next(reversed(checkpoints(folder)), folder)
+    if (folder / "step.json").exists():
+        verify_checkpoint(folder, "model/")
+    if (folder / INDEX).exists():
+        verify_export(folder)
     folder = next((folder / name for name in ("model", "net") if (folder / name).is_dir()), folder)
     with errors_as(f"init_from: {source} has no weights for this network"):
-        net.load_state_dict(check_finite(type(net).from_pretrained(folder), source).state_dict())
+        other = check_finite(type(net).from_pretrained(folder), source)
+        net.load_state_dict(other.state_dict())
+    free = {"dropout", "input_size", "img_resolution"}
+    for name, there, here in different(dict(other.config), dict(net.config), free):
+        if not name.startswith("_"):  # a size that the shapes of the weights may not show
+            raise Refusal(f"init_from: {source} has {name} {there}, and this network {here}: --net {name} {there}")

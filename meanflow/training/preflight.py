@@ -61,7 +61,8 @@ def make_net(recipe: TrainConfig, data: Data, own: type[ModelMixin] | None = Non
     if own is None:
         for name, value in sizes.items():
             least = 0 if name in ("dropout", "augment_dim", "attention") else 1e-9
-            check(min(value if isinstance(value, tuple) else [value]) >= least, f"net.{name}", value, "> 0")
+            numbers = value if isinstance(value, tuple) else (value,)
+            check(all(least <= n < 2**16 for n in numbers), f"net.{name}", value, "> 0 and smaller than 65,536")
         small = SMALL.get(recipe.model, SMALL.get(recipe.model.split("-")[0], {})) if recipe.smoke else {}
         sizes = {**sizes, **small}
     else:

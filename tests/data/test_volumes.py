@@ -84,6 +84,13 @@ def test_volume_that_does_not_fit_is_named_before_the_run(name, content, message
     assert "\n" not in str(error.value)
 
 
+def test_volume_that_changes_its_shape_is_named(folder):
+    data = load_data(recipe(folder))
+    np.save(folder / "0.npy", np.zeros((4, 4, 4, 4), np.float32))
+    with pytest.raises(UnreadableSample, match=r"0.npy has become \(4, 4, 4, 4\), and was \(4, 8, 4, 12\)"):
+        data.batch([0, 1], ())
+
+
 def test_truncated_and_not_finite_volumes_and_an_empty_folder_are_named(folder, tmp_path):
     content = (folder / "0.npy").read_bytes()
     (folder / "0.npy").write_bytes(content[:-7])
