@@ -104,7 +104,7 @@ def test_two_processes_train_what_one_does(project):
 
 def test_a_condition_of_ones_own_is_sampled_if_the_code_is_trusted(project, straight):
     tool = [sys.executable, ROOT / "tools/sample.py", straight, "--cond", "angle", "0", "1.5", "--num-images", "4"]
-    refused = call([*tool, "--out", project / "x.npz"], ROOT, code=1)
+    refused = call([*tool, "--out", project / "x.npz"], ROOT, code=2)
     code = straight / "step-00000040/ema/0.98/modeling_custom_circle_net.py"
     assert f"{code} is not this project's code, and would have been run: read it, then give" in refused
     assert refused.startswith("error: ") and refused.count("\n") == 1
@@ -113,14 +113,14 @@ def test_a_condition_of_ones_own_is_sampled_if_the_code_is_trusted(project, stra
     images = np.load(project / "x.npz")["arr_0"]
     assert images.shape == (4, 8, 8, 1)
     wrong = [sys.executable, ROOT / "tools/sample.py", straight, "--trust-remote-code", "--out", project / "y.npz"]
-    assert "cond must have angle: this network cannot do without" in call(wrong, ROOT, code=1)
-    assert "cond size is not known to this network, which takes angle" in call([*wrong, "--cond", "size", "1"], ROOT, 1)
-    assert "cond angle must be numbers" in call([*wrong, "--cond", "angle", "up"], ROOT, code=1)
-    assert "cond angle must be finite, got 0 nan" in call([*wrong, "--cond", "angle", "0", "nan"], ROOT, code=1)
+    assert "cond must have angle: this network cannot do without" in call(wrong, ROOT, code=2)
+    assert "cond size is not known to this network, which takes angle" in call([*wrong, "--cond", "size", "1"], ROOT, 2)
+    assert "cond angle must be numbers" in call([*wrong, "--cond", "angle", "up"], ROOT, code=2)
+    assert "cond angle must be finite, got 0 nan" in call([*wrong, "--cond", "angle", "0", "nan"], ROOT, code=2)
     assert "cond must be a name and its values, such as angle 0 0.5, got: angle" in call(
-        [*wrong, "--cond", "angle"], ROOT, code=1
+        [*wrong, "--cond", "angle"], ROOT, code=2
     )
-    assert "the network does not take cond angle (64, 2): " in call([*wrong, "--cond", "angle", "0,1"], ROOT, code=1)
+    assert "the network does not take cond angle (64, 2): " in call([*wrong, "--cond", "angle", "0,1"], ROOT, code=2)
 
 
 BY_A_STRANGER = """if True:
@@ -141,7 +141,7 @@ BY_A_STRANGER = """if True:
 
 def test_its_export_is_loaded_without_the_project_and_without_the_files(project, straight, tmp_path):
     export = [sys.executable, ROOT / "tools/export.py", straight, "--out", tmp_path / "model"]
-    assert "is not this project's code" in call(export, ROOT, code=1)
+    assert "is not this project's code" in call(export, ROOT, code=2)
     call([*export, "--trust-remote-code"], ROOT)
     tool = [sys.executable, ROOT / "tools/sample.py", tmp_path / "model", "--cond", "angle", "0", "1.5"]
     call([*tool, "--num-images", "4", "--trust-remote-code", "--out", tmp_path / "a.npz"], ROOT)

@@ -1,6 +1,7 @@
 """Writing checkpoints, and resuming from them. publishing/checkpoints.py says what they hold, and reads them."""
 
 import errno
+import json
 import os
 import shutil
 import socket
@@ -282,7 +283,7 @@ def init_weights(net: torch.nn.Module, source: str) -> None:
     with errors_as(f"init_from: {source} has no weights for this network"):
         other = check_finite(type(net).from_pretrained(folder), source)
         net.load_state_dict(other.state_dict())
-    free = {"dropout", "input_size", "img_resolution"}
-    for name, there, here in different(dict(other.config), dict(net.config), free):
+    sizes = (json.loads(network.to_json_string()) for network in (other, net))
+    for name, there, here in different(*sizes, {"dropout", "input_size", "img_resolution"}):
         if not name.startswith("_"):  # a size that the shapes of the weights may not show
             raise Refusal(f"init_from: {source} has {name} {there}, and this network {here}: --net {name} {there}")

@@ -146,7 +146,7 @@ def test_full_disk_for_the_cache_ends_with_one_line(hub, digits_run, tool, tmp_p
     tool("push_to_hub", digits_run / "pipeline", "user/digits")
     small = tmp_path / "small"
     with small_disk(small, "1m"):
-        shown = call([*SAMPLE, "user/digits", "--out", tmp_path / "x.png"], code=1, HF_HOME=str(small))
+        shown = call([*SAMPLE, "user/digits", "--out", tmp_path / "x.png"], code=2, HF_HOME=str(small))
         assert "error: user/digits is no folder, and the Hub does not give it: " in shown and "space" in shown
 
 
