@@ -261,7 +261,7 @@ def claim_shards(options: Options, images, vae, shape: tuple[int, ...], num_shar
     """Starts the cache or goes on with it: the shards that are to be made, None if it is finished."""
     from meanflow.data.vae import vae_metadata
 
-    if options.out.resolve().is_relative_to(Path(options.images).expanduser().resolve()):
+    if Path(options.images).expanduser().resolve() in options.out.resolve().parents:
         raise ValueError(f"out must not lie in the images, which it would become a part of, got {options.out}")
     settings = {**images.metadata, **vae_metadata(vae, options.vae), "shape": shape}
     settings["images"] = settings.pop("count")  # some may be skipped: the cache has a count of its own

@@ -4,7 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import psutil
 import torch
 from tqdm import tqdm
 
@@ -19,6 +18,8 @@ class UnreadableSample(Refusal):
 
 def check_fits(size: int, name: str, value: object) -> None:
     """Refuses a value that needs more memory than this machine has; size: in bytes."""
+    import psutil
+
     total = psutil.virtual_memory().total
     check(size <= total, name, value, f"such that {size / 2**30:.3g} GiB fit into memory, of {total / 2**30:.3g} GiB")
 
