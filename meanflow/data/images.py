@@ -68,7 +68,7 @@ def open_source(source: str, split: str):
         pattern = f"**/{split}*" if has_split_tables else "**"
         rows = datasets.load_dataset(str(path), data_files=pattern, split="train")
         if not tables:
-            compare(path, rows)
+            say_unread(path, rows)
         return rows
 
 
@@ -97,12 +97,12 @@ def split_folder(path: Path, split: str) -> Path:
     return path / split
 
 
-def compare(folder: Path, rows) -> None:
+def say_unread(folder: Path, rows) -> None:
     """Says which files of a folder of images are not in its rows, and which of its folders are empty."""
     walked = list(os.walk(folder))
     files = [os.path.join(root, name) for root, _, names in walked for name in names]
     left_out = [root for root, folders, names in walked if not folders and not names]
-    if len(files) != len(rows):
+    if len(files) != len(rows) and "image" in rows.column_names:
         column = rows.data.column(rows.column_names.index("image")).combine_chunks()
         taken = {os.path.realpath(path) for path in column.field("path").to_pylist()}
         left_out += [path for path in files if os.path.realpath(path) not in taken]

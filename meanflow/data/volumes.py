@@ -13,10 +13,10 @@ SUFFIXES = (".npy", ".safetensors")
 
 
 def has_volumes(folder: Path) -> bool:
-    return folder.is_dir() and any(has_suffix(path) for path in folder.iterdir())
+    return folder.is_dir() and any(may_be_volume(path) for path in folder.iterdir())
 
 
-def has_suffix(path: Path) -> bool:
+def may_be_volume(path: Path) -> bool:
     return path.suffix in SUFFIXES and path.is_file()
 
 
@@ -30,8 +30,8 @@ class Volumes(Data):
     """
 
     def __init__(self, folder: Path):
-        self.files = [path for path in sorted(folder.iterdir()) if has_suffix(path)]
-        say_left_out(folder, [str(path) for path in folder.iterdir() if not has_suffix(path)])
+        self.files = [path for path in sorted(folder.iterdir()) if may_be_volume(path)]
+        say_left_out(folder, [str(path) for path in folder.iterdir() if not may_be_volume(path)])
         first, *others = self.files
         self.shape = volume(first, shape_only=True)
         is_volume = len(self.shape) == 4 and 0 not in self.shape
