@@ -40,24 +40,25 @@ def write_json(path: Path, fields: dict) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
+    """Writes a file by a temporary name, and waits until it is on the disk."""
     with replacing(path) as temporary:
         temporary.write_text(text)
+        sync(temporary)
+    sync(path.parent)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name with the same suffix. What is written there becomes the file when all of it is on the disk.
+    """A temporary name with the same suffix. What is written there becomes the file at the end.
 
     So a reader sees the old file or the new one, and a failure leaves the old one.
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         yield temporary
-        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
 
 
 def sync(path: Path) -> None:

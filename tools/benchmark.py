@@ -29,11 +29,11 @@ from meanflow.program import refusals
 def check_sizes(options) -> None:
     """Refuses numbers that are not above 0; workers and ratio may be 0."""
     for name, value in vars(options).items():
-        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = [
+            number for number in (value if isinstance(value, tuple) else (value,)) if type(number) in (int, float)
+        ]
         least = 0 if name in ("workers", "ratio") else 1
-        if any(
-            isinstance(number, (int, float)) and not isinstance(number, bool) and number < least for number in numbers
-        ):
+        if numbers and min(numbers) < least:
             raise ValueError(f"{name} must be >= {least}, got {value}")
 
 

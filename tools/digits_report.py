@@ -41,8 +41,9 @@ def read_recipe(options: Options) -> dict:
         verify_checkpoint(newest, JSON)
         recipe, metadata = (read_json(newest / f"{name}.json") for name in ("recipe", "data"))
         recipes.append(recipe)
-        if recipe["data"] != "digits" or recipe["subset"] or not metadata["classes"]:
-            settings = f"data {recipe['data']}, subset {recipe['subset']}, {len(metadata['classes'])} classes"
+        subset = recipe.get("subset")
+        if recipe["data"] != "digits" or subset or not metadata["classes"]:
+            settings = f"data {recipe['data']}, subset {subset}, {len(metadata['classes'])} classes"
             raise ValueError(f"{folder} must be a run on all digits and their classes, got {settings}")
         total = recipe["steps"] or math.ceil(recipe["epochs"] * metadata["count"] / recipe["global_batch"])
         if newest.name != f"step-{total:08d}":
