@@ -44,9 +44,11 @@ def find_launcher():
     if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():
         return None
     parent = psutil.Process(os.getppid())
+    if re.search(LAUNCHERS, " ".join(parent.cmdline())):
+        return parent
     if parent.pid == 1 or parent.name() == "systemd":  # which adopts the processes of a launcher that has died
         sys.exit("error: the launcher of this process has died")
-    return parent if re.search(LAUNCHERS, " ".join(parent.cmdline())) else None
+    return None
 
 
 def end_with_launcher() -> None:
