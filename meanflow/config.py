@@ -273,9 +273,7 @@ class TrainConfig:
         check(isinstance(self.out, Path), "out", repr(self.out), "a pathlib.Path")
         object.__setattr__(self, "out", self.out.expanduser())
         check(self.out.name not in ("", ".."), "out", self.out, "a folder with a name, such as runs/mine")
-        check(
-            str(self.out).isprintable(), "out", repr(str(self.out)), "a name in UTF-8, of letters that can be printed"
-        )
+        check(str(self.out).isprintable(), "out", repr(str(self.out)), "a name in UTF-8 that can be printed")
         check(self.steps is not None or self.epochs is not None, "steps", self.steps, "given, or epochs")
         check(self.push_every is None or self.push_to_hub, "push_to_hub", self.push_to_hub, "given with push_every")
         is_id = self.push_to_hub is None or re.fullmatch(HUB_ID, self.push_to_hub)

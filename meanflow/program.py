@@ -33,6 +33,11 @@ def environment_number(name: str, default: int) -> int:
     return int(value)
 
 
+def speaks_first() -> bool:
+    """Whether this process speaks for all that torch's launcher started, or was not started by it."""
+    return os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 def find_launcher():
     """The launcher that started this process, as a psutil.Process; None if none did.
 
@@ -78,7 +83,7 @@ def read_flags(kind: type, default=None):
     """
     import tyro
 
-    about = {"description": sys.modules["__main__"].__doc__, "console_outputs": os.environ.get("RANK", "0") == "0"}
+    about = {"description": sys.modules["__main__"].__doc__, "console_outputs": speaks_first()}
     given = {} if default is None else {"default": default}
     box = io.StringIO()
     try:
@@ -134,7 +139,6 @@ def refusals() -> Iterator[None]:
     torch's launcher would report each of several processes in some 40 lines: the one that speaks ends it, and its death
     ends the others.
     """
-    is_first = os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
     try:
         with unheard():
             yield
@@ -143,11 +147,11 @@ def refusals() -> Iterator[None]:
     except SystemExit as end:  # tyro has spoken
         if end.code != REFUSED:
             raise
-        speaks = is_first
+        speaks = speaks_first()
     except (ValueError, OSError, MemoryError, OverflowError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        speaks = is_first or not isinstance(error, Shared)
+        speaks = speaks_first() or not isinstance(error, Shared)
         if speaks:
             print(f"error: {error or 'out of memory'}", file=sys.stderr, flush=True)
     else:

@@ -994,3 +994,4 @@ def test_refusal_is_heard_whatever_the_rank(here, refused, monkeypatch):
     """Unless a launcher of several processes is there."""
     monkeypatch.setenv("RANK", "1")
     assert_said("steps must be > 0, got 0", refused(*digits("--steps", 0)))
+    assert_said("Unrecognized options: --sede", refused(*digits("--sede", 0)))

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from meanflow.config import Refusal, check
 from meanflow.noise import generator
 from meanflow.pictures import middle_slices
+from meanflow.program import speaks_first
 
 
 class UnreadableSample(Refusal):
@@ -27,7 +28,7 @@ def check_fits(size: int, name: str, value: object) -> None:
 def say_left_out(folder: Path, left_out: list[str]) -> None:
     """Says which files of a folder of data are not taken, apart from hidden ones."""
     left_out = [path for path in left_out if not os.path.basename(path).startswith(".")]
-    if left_out and os.environ.get("RANK", "0") == "0":
+    if left_out and speaks_first():
         examples = ", ".join(sorted(left_out)[:3])
         print(f"warning: {folder}: {len(left_out)} files or empty folders are left out: {examples}", file=sys.stderr)
 

@@ -90,7 +90,7 @@ class Ahead:
     """The batches of a loader, read some steps before they are due, so that what cannot be read is known before.
 
     Args:
-        count: how many batches are read ahead; a step later the same many are, until one cannot be read.
+        count: how many batches wait before one is taken, unless there are no more, or one cannot be read.
     """
 
     def __init__(self, batches: Iterable[Batch], count: int):

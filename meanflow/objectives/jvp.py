@@ -208,7 +208,9 @@ class SharedPrimal(torch.overrides.TorchFunctionMode):
             return func(fn, *map(primal, args), **options)
         block, inputs = (fn, args) if func is checkpoint else (args[0], args[1:])
         if not all(map(is_dual, inputs)) or (options and func is not checkpoint):
-            raise NotImplementedError(f"{type(block).__name__} must take only tensors, by position, to be compiled")
+            # PyTorch's own error where a derivative in forward mode is lacking.
+            words = "must take only tensors, by position, to be compiled or checkpointed"
+            raise NotImplementedError(f"{type(block).__name__} {words}")
         tensors = [x.p for x in duals] + [x.d for x in duals]
         if func is checkpoint:
             return self.join(*checkpoint(with_tangents, fn, *tensors, **options))
