@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from meanflow.publishing.checkpoints import checkpoints
 from meanflow.training import checkpoint
 from meanflow.training.guard import DIVERGED, FAILED, Guard
 from meanflow.training.log import read_log
-from meanflow.training.trainer import Trainer
+from meanflow.training.trainer import Trainer, make_accelerator
 
 ROOT = Path(__file__).parents[1]
 
@@ -224,6 +225,11 @@ def test_machine_that_does_not_see_the_checkpoint_is_told_so(recipe, monkeypatch
     monkeypatch.setattr(checkpoint, "choose_checkpoint", lambda recipe: Path("/nowhere/step-00000004"))
     with pytest.raises(Refusal, match="out must be on a disk that all machines share"):
         Trainer(recipe)
+
+
+def test_processes_wait_as_long_as_the_recipe_says(recipe):
+    handler = make_accelerator(replace(recipe, timeout=7.0)).init_handler
+    assert handler.timeout == timedelta(minutes=7)
 
 
 def test_how_a_run_ended_is_noted(recipe):
