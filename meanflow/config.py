@@ -17,6 +17,8 @@ FREE_ON_RESUME = {
     *("log_every", "sample_every", "checkpoint_every", "keep", "push_to_hub", "push_every"),
     *("accumulation_steps", "activation_checkpointing", "compile", "plan", "timeout"),
     *("warn_at", "halt_at", "grace_steps", "max_skipped", "check_data", "allow_data_change"),
+    *("eval_every", "eval_metric", "eval_reference", "eval_images", "eval_features", "keep_best", "keep_every"),
+    *("project", "run_name"),
 }
 
 
@@ -180,6 +182,9 @@ class TrainConfig:
     class_conditional: bool = True
     # train on only this many classes, and on this many images of each
     subset: Annotated[tuple[int, int] | None, COUNT] = None
+    # share of the samples that are not trained on, in [0, 1), but compared with generated ones; the same samples for
+    # any seed and number of processes. Digits have 450 of their own
+    held_out: Annotated[float, BELOW_1] = 0.0
     # give each image one fixed noise, so that a network can memorise the pairs
     fixed_noise: bool = False
     # name of the network, in models.MODELS
@@ -227,6 +232,22 @@ class TrainConfig:
     checkpoint_every: Annotated[int, COUNT] = 1000
     # how many of the newest checkpoints are kept
     keep: Annotated[int, COUNT] = 2
+    # optimiser steps between checkpoints that are kept for good, a multiple of checkpoint_every; none: no such ones
+    keep_every: Annotated[int | None, POSITIVE] = None
+    # keep the checkpoint whose evaluation was the best, too; each best one so far is saved
+    keep_best: bool = False
+    # optimiser steps between evaluations, in which one-step samples of the first average are compared with a reference;
+    # none: no evaluation
+    eval_every: Annotated[int | None, POSITIVE] = None
+    # energy and frechet: distances of the samples themselves, pixels in [-1, 1] or latents; fid and kid: of features of
+    # Inception; fdd: of features of DINOv2. The lower the better
+    eval_metric: Literal["energy", "frechet", "fid", "kid", "fdd"] = "energy"
+    # held-out: the samples that are not trained on; or a reference as tools/evaluate.py takes it
+    eval_reference: str = "held-out"
+    # images that are generated in each evaluation; FID is known of 50,000, and of few it is much higher
+    eval_images: Annotated[int, COUNT] = 1000
+    # file of the weights of Inception or DINOv2; none: they are downloaded
+    eval_features: str | None = None
     # auto: go on from the newest checkpoint of --out, if there is one; never: refuse a folder that has one; or the
     # folder of a checkpoint to go on from
     resume: str = "auto"
@@ -248,8 +269,12 @@ class TrainConfig:
     push_to_hub: str | None = None
     # optimiser steps between pushes; each also writes a checkpoint; none: push only at the end
     push_every: Annotated[int | None, POSITIVE] = None
-    # trackers that get the log's numbers, too
+    # trackers that get the log's numbers and the sample pictures, too
     track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    # the project's name for the trackers; none: the name of --out
+    project: str | None = None
+    # the run's name for the trackers; none: the name of --out, and a few letters
+    run_name: str | None = None
     # processes that load data for each training process; 0: it loads between the steps
     workers: Annotated[int, NOT_NEGATIVE] = 0
     # before the first step, compare the checksums of a latent cache, and read the header of every image and volume
@@ -280,6 +305,9 @@ class TrainConfig:
         check(is_id, "push_to_hub", self.push_to_hub, "a Hub id, user/name")
         exact = getattr(self.objective, "jvp", "exact") == "exact"
         check(exact or not self.tf32, "tf32", self.tf32, "off with objective.jvp finite-difference, for its precision")
+        check(self.eval_every or not self.keep_best, "eval_every", self.eval_every, "given with keep_best")
+        is_saved = not self.keep_every or self.keep_every % self.checkpoint_every == 0
+        check(is_saved, "keep_every", self.keep_every, f"a multiple of checkpoint_every, {self.checkpoint_every}")
         check(self.plan is None or self.dry_run, "plan", self.plan, "given with dry_run")
         check(self.plan is None or self.plan[1] >= 1, "plan", self.plan, "1 GPU or more")
         unscaled = self.vae is not None and None in (self.scaling_factor, self.resolution)

@@ -76,5 +76,6 @@ def smoke_test(recipe: TrainConfig) -> TrainConfig:
         data, flip = "digits" if data == "digits" or recipe.resolution else "shapes", False
     parts = environment_number("WORLD_SIZE", 1) * recipe.accumulation_steps
     batch = 4 * parts * math.ceil(4 / parts)
-    every = {"log_every": 1, "sample_every": 4, "checkpoint_every": 2}
+    every = {"log_every": 1, "sample_every": 4, "checkpoint_every": 2, "keep_every": None}
+    every |= {"held_out": 0.0, "eval_every": None, "keep_best": False}
     return replace(recipe, data=data, flip=flip, out=out, steps=4, global_batch=batch, compile=False, **every)

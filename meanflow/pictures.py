@@ -31,7 +31,10 @@ def middle_slices(x: torch.Tensor) -> torch.Tensor:
 
 
 def save_curves(log: list[dict], path: Path) -> None:
-    """Draws the raw losses of log.jsonl over the steps, logarithmically; the loss, if there are no raw losses."""
+    """Draws the raw losses of log.jsonl over the steps, logarithmically; the loss, if there are no raw losses.
+
+    What evaluations measured is drawn with an axis of its own, on the right.
+    """
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be installed here
     from matplotlib import figure, ticker
 
@@ -43,13 +46,23 @@ def save_curves(log: list[dict], path: Path) -> None:
     for name, label in curves.items():
         points = [(line["step"], line[name]) for line in log if name in line]
         axes.plot(*zip(*points), label=label, linewidth=2 if label == "all" else 1)
-    axes.set(xlabel="step", ylabel=unit, yscale="log")
+    axes.set(xlabel="step", ylabel=unit)
     # Numbers such as 200k and 0.05, also where the curve stays within one power of ten.
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.legend()
+    axes.legend(loc="upper right")
     axes.grid(alpha=0.3, which="both")
+    scores = sorted({name for line in log for name in line if name.startswith("eval_")})
+    if scores:
+        right = axes.twinx()
+        for number, name in enumerate(scores):
+            points = [(line["step"], line[name]) for line in log if name in line]
+            right.plot(*zip(*points), "o--", color=f"C{3 + number}", label=name.removeprefix("eval_"), markersize=4)
+        right.set(ylabel="evaluation: lower is better")
+        right.legend(loc="lower left")
+    for scale in picture.axes:
+        scale.set_yscale("log")
+        scale.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        scale.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        scale.yaxis.set_minor_formatter(ticker.NullFormatter())
     with replacing(path) as temporary:
         picture.savefig(temporary, dpi=120)

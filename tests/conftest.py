@@ -94,7 +94,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a tracker may still be closing its files
 
 
 @pytest.fixture(autouse=True)

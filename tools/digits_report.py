@@ -64,7 +64,7 @@ def report(options: Options) -> None:
     from sklearn.svm import SVC
 
     from meanflow.data.sources import digits
-    from meanflow.evaluation.distances import energy_distance, frechet_distance
+    from meanflow.evaluation.distances import Moments, energy_distance, frechet_distance
     from meanflow.files import write_json
     from meanflow.noise import noise
     from meanflow.pictures import save_grid
@@ -74,8 +74,8 @@ def report(options: Options) -> None:
     recipe = read_recipe(options)
     real, held_out = digits(recipe["resolution"] or 8)
 
-    def pixels(x: torch.Tensor):
-        return ((x + 1) * 8).round().clamp(0, 16).flatten(1).numpy()
+    def pixels(x: torch.Tensor) -> torch.Tensor:
+        return ((x + 1) * 8).round().clamp(0, 16).flatten(1)
 
     target = pixels(held_out.x)
     classifier = SVC(C=10).fit(pixels(real.x), real.y)
@@ -84,7 +84,7 @@ def report(options: Options) -> None:
         return {
             "accuracy": float((classifier.predict(x) == y.numpy()).mean()),
             "energy_distance": energy_distance(x, target),
-            "frechet_distance": frechet_distance(x, target),
+            "frechet_distance": frechet_distance(Moments.of(x), Moments.of(target)),
         }
 
     e, y = noise(1, range(len(real.y)), real.x.shape[1:]), real.y

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from meanflow.config import Refusal, check
-from meanflow.noise import generator
+from meanflow.noise import generator, stream_seed
 from meanflow.pictures import middle_slices
 from meanflow.program import speaks_first
 
@@ -39,6 +39,7 @@ class Data:
     shape: tuple[int, ...]  # of one sample as the network sees it, (C, *S)
     num_classes: int = 0  # 0: without classes
     metadata: dict  # JSON that says what the data are; count: how many samples; classes: the classes' names
+    held_out: "Data | None" = None  # samples that are not trained on, which generated ones are compared with
 
     def __len__(self) -> int:
         return self.metadata["count"]
@@ -116,3 +117,32 @@ class InMemory(Data):
 
     def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[torch.Tensor, dict]:
         return self.x[indices], {"y": self.y[indices]} if self.num_classes else {}
+
+
+class Part(Data):
+    """Some of the samples of other data; rows: their indices."""
+
+    def __init__(self, data: Data, rows: list[int], share: float):
+        self.data, self.rows, self.shape, self.num_classes = data, rows, data.shape, data.num_classes
+        self.encode, self.to_pixels, self.verify = data.encode, data.to_pixels, data.verify
+        self.metadata = {**data.metadata, "count": len(rows), "held_out": share}
+
+    def batch(self, indices: list[int], generators: list[torch.Generator]) -> tuple[torch.Tensor | tuple, dict]:
+        return self.data.batch([self.rows[index] for index in indices], generators)
+
+
+def hold_out(data: Data, share: float) -> Data:
+    """The samples to train on; about this share, picked by a hash of their indices, becomes their held_out.
+
+    Raises:
+        Refusal: one of both is empty, or the data have a held-out part of their own.
+    """
+    if share == 0:
+        return data
+    check(data.held_out is None, "held_out", share, "0 for these data, which have samples held out as they are")
+    are_held = [stream_seed(0, index, "held-out") < share * 2**64 for index in range(len(data))]
+    held, kept = ([index for index, is_held in enumerate(are_held) if is_held == side] for side in (True, False))
+    check(held and kept, "held_out", share, f"such that it leaves samples on both sides, of {len(data)}")
+    training = Part(data, kept, share)
+    training.held_out = Part(data, held, share)
+    return training

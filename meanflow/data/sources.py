@@ -1,19 +1,25 @@
 """Which data a recipe means, and the small data sets that need no file."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from meanflow.config import check
-from meanflow.data.base import Data, InMemory, check_fits
+from meanflow.data.base import Data, InMemory, check_fits, hold_out
 from meanflow.data.images import ImageFiles, check_source
 from meanflow.data.latents import EncodedImages, Latents, is_cache
 from meanflow.data.volumes import Volumes, has_volumes, shapes
 from meanflow.files import ensure
 
 
+def training_data(recipe, own: Callable | None = None) -> Data:
+    """What the recipe trains on, by a function of the user's own or by `load_data`, without what it holds out."""
+    return hold_out((own or load_data)(recipe), recipe.held_out)
+
+
 def load_data(recipe) -> Data:
-    """The recipe's training data; recipe: a TrainConfig.
+    """The recipe's data; recipe: a TrainConfig.
 
     Raises:
         ValueError: there are none, they are damaged, or they are not what the recipe expects; the message says what.
@@ -38,8 +44,11 @@ def open_data(recipe) -> Data:
         if value and (are_volumes or recipe.data in ("digits", "shapes")):
             raise ValueError(f"{name} is not for {recipe.data}, got {value}: name a folder of images with --data")
     if recipe.data == "digits":
-        images = digits(recipe.resolution or 8)[0]
-        return subset(images, recipe.subset) if recipe.subset else images
+        images, others = digits(recipe.resolution or 8)
+        if recipe.subset:
+            return subset(images, recipe.subset)
+        images.held_out = others
+        return images
     if recipe.data == "shapes":
         return InMemory(shapes(), None, 0)
     check_source(recipe.data, ", and none of digits, shapes: name it with --data; tools/cache_latents.py makes latents")

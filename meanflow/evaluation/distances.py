@@ -1,26 +1,66 @@
 """Distances between two sets of images, in whatever features one gives them."""
 
-import numpy as np
-from scipy.spatial.distance import cdist
+import torch
+from torch import Tensor
+
+BLOCK = 2048  # rows whose distances are held at once
 
 
-def energy_distance(x, y) -> float:
+def energy_distance(x: Tensor, y: Tensor) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| over all pairs, diagonals included, so that it is never negative.
 
-    x: (N, D), y: (M, D). It is 0 only for equal distributions (Szekely and Rizzo 2013). Its unit is that of the
-    features.
+    It is 0 only for equal distributions (Szekely and Rizzo 2013). Its unit is that of the features.
+
+    Args:
+        x, y: (N, D) and (M, D).
     """
-    return float(2 * cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean())
+    return 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)
 
 
-def frechet_distance(x, y) -> float:
-    """|mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), of the sets' means and covariances.
+def mean_distance(x: Tensor, y: Tensor) -> float:
+    """The mean of |x_i - y_j| over all pairs, in float64."""
+    # By way of squares, as cdist does it for many rows, neighbours would lose half of their digits.
+    exactly = "donot_use_mm_for_euclid_dist"
+    blocks = [(a.double(), b.double()) for a in x.split(BLOCK) for b in y.split(BLOCK)]
+    return float(sum(torch.cdist(a, b, compute_mode=exactly).sum() for a, b in blocks)) / (len(x) * len(y))
 
-    x: (N, D), y: (M, D). Only in Inception's features is this FID (arXiv:1706.08500).
+
+class Moments:
+    """The mean and the covariance of rows that come in parts, in float64."""
+
+    def __init__(self):
+        self.count, self.mean, self.scatter = 0, 0.0, 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """Takes more rows, (n, D)."""
+        rows = rows.double()
+        mean, total = rows.mean(dim=0), self.count + len(rows)
+        centred, shift = rows - mean, mean - self.mean
+        # The scatter of both parts, each around its own mean, and that of the two means.
+        self.scatter = self.scatter + centred.T @ centred + torch.outer(shift, shift) * self.count * len(rows) / total
+        self.mean, self.count = self.mean + shift * len(rows) / total, total
+
+    @classmethod
+    def of(cls, rows: Tensor) -> dict:
+        """The statistics of rows that are all there."""
+        moments = cls()
+        moments.add(rows)
+        return moments.statistics()
+
+    def statistics(self) -> dict:
+        """mu, (D,), and sigma, (D, D), as torch-fidelity takes them."""
+        return {"mu": self.mean.numpy(), "sigma": (self.scatter / (self.count - 1)).numpy()}
+
+
+def frechet_distance(one: dict, other: dict) -> float:
+    """|mu - mu'|^2 + tr(sigma + sigma' - 2 (sigma sigma')^(1/2)), by torch-fidelity.
+
+    Only in Inception's features is this FID (arXiv:1706.08500).
+
+    Args:
+        one, other: mu, (D,), and sigma, (D, D), of each set.
     """
-    (mu_x, cov_x), (mu_y, cov_y) = ((np.mean(a, axis=0), np.cov(a, rowvar=False)) for a in (x, y))
-    values, vectors = np.linalg.eigh(cov_x)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    # tr (C_x C_y)^(1/2), by the symmetric matrix C_x^(1/2) C_y C_x^(1/2), which has the same eigenvalues.
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_y @ root).clip(0)).sum()
-    return float(np.sum((mu_x - mu_y) ** 2) + np.trace(cov_x) + np.trace(cov_y) - 2 * cross)
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    same = [{name: value.astype("float64") for name, value in statistics.items()} for statistics in (one, other)]
+    return fid_statistics_to_metric(*same, verbose=False)[KEY_METRIC_FID]

@@ -205,10 +205,21 @@ class CheckpointWriter:
             folder.rename(out / f".{folder.name}.old.tmp")
         temporary.rename(folder)
         sync(out)
-        for old in checkpoints(out)[: -self.recipe.keep]:
+        for old in superfluous(self.recipe):
             with suppress(OSError):  # that an old one cannot be removed does not matter
                 old.rename(out / f".{old.name}.tmp")  # so that a kill during its removal leaves no half of it in sight
         remove_temporary(out)
+
+
+def superfluous(recipe: TrainConfig) -> list[Path]:
+    """The checkpoints that are neither among the newest, nor the best, nor kept for good."""
+    done, every = checkpoints(recipe.out), recipe.keep_every
+    kept = set(done[-recipe.keep :]) | {path for path in done if every and int(path.name[5:]) % every == 0}
+    if recipe.keep_best:
+        scores = {path: read_json(path / "step.json").get("scores", {}).get(recipe.eval_metric) for path in done}
+        scored = [path for path in done if scores[path] is not None]
+        kept |= set(sorted(scored, key=scores.get)[:1])
+    return [path for path in done if path not in kept]
 
 
 def remove_temporary(out: Path) -> None:

@@ -1,5 +1,6 @@
 """The run's log: log.jsonl, loss.png and the trackers."""
 
+import io
 import json
 import os
 import secrets
@@ -7,11 +8,13 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 from tqdm import tqdm
 
 from meanflow.config import TrainConfig, flatten
@@ -37,15 +40,21 @@ class Log:
         self.run_id = progress.get("run_id", secrets.token_hex(4))
         self.unwritten, self.failed = "", set()
         if recipe.track:
-            goes_on = {"wandb": {"id": self.run_id, "resume": "allow"}}
-            goes_on |= {"trackio": {"name": self.run_id, "resume": "allow"}}  # tensorboard goes on by its folder
-            settings = {name: str(value) for name, value in flatten(fields).items()}
-            with self.optional("trackers"):
-                accelerator.init_trackers(recipe.out.name, settings, goes_on)
+            self.start_trackers(fields)
         if accelerator.is_main_process and self.path.exists():
             with self.optional("log.jsonl"):
                 self.take_up()
         self.restart_clock()
+
+    def start_trackers(self, fields: dict) -> None:
+        """Begins the run in each tracker, or goes on with it; tensorboard does so by its folder."""
+        recipe, settings = self.recipe, {name: str(value) for name, value in flatten(fields).items()}
+        name = recipe.run_name or f"{recipe.out.name}-{self.run_id}"
+        goes_on = {"wandb": {"id": self.run_id, "name": name, "resume": "allow"}}
+        goes_on |= {"trackio": {"name": name, "resume": "allow"}}
+        # trackio prints an address that anybody who has it can write to.
+        with self.optional("trackers"), redirect_stdout(io.StringIO()):
+            self.accelerator.init_trackers(recipe.project or recipe.out.name, settings, goes_on)
 
     def take_up(self) -> None:
         """Forgets the lines that the resumed run will write again. A damaged log is kept beside."""
@@ -112,19 +121,37 @@ class Log:
         means = {name: value.tolist() for name, value in self.accelerator.reduce(means, "mean").items()}
         training = time.perf_counter() - self.start - self.seconds["saving"] - self.seconds["samples"]
         rate = (step - self.step) * self.recipe.global_batch / max(training, 1e-9)
-        seconds = {f"seconds_{what}": round(self.seconds[what], 3) for what in ("data", "saving")}
+        seconds = {f"seconds_{what}": round(self.seconds[what], 3) for what in ("data", "saving", "samples")}
         line = {"step": step, **means, "lr": lr, "images_per_second": rate, **seconds}
         self.sums, self.step = {}, step
         self.restart_clock()
-        self.unwritten += json.dumps(line) + "\n"
+        self.put(step, line)
+        shown = "raw_loss" if "raw_loss" in means else "loss"
+        return {shown.replace("_", " "): f"{means[shown]:.4g}", "images/s": f"{rate:.0f}"}
+
+    def put(self, step: int, values: dict) -> None:
+        """Writes a line, and gives it to the trackers, as train/... and eval/..."""
+        self.unwritten += json.dumps({"step": step, **values}) + "\n"
         if self.accelerator.is_main_process:
             with self.optional("log.jsonl"):
                 append(self.path, self.unwritten)
                 self.unwritten = ""
+        numbers = split_channels(values)
+        tracked = {f"train/{name}".replace("train/eval_", "eval/"): numbers[name] for name in numbers.keys() - {"step"}}
         with self.optional("trackers"):
-            self.accelerator.log(split_channels(line), step=step)
-        shown = "raw_loss" if "raw_loss" in means else "loss"
-        return {shown.replace("_", " "): f"{means[shown]:.4g}", "images/s": f"{rate:.0f}"}
+            self.accelerator.log(tracked, step=step)
+
+    def track_picture(self, path: Path, step: int) -> None:
+        """Gives a picture to the trackers, as samples."""
+        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else ():
+            with self.optional("trackers"), Image.open(path) as image:
+                if tracker.name == "trackio":  # Accelerate's tracker has no pictures for it
+                    import trackio
+
+                    tracker.tracker.log({"samples": trackio.Image(path)}, step=step)
+                else:
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": np.asarray(image)[None]}, step=step, **layout)
 
     def draw_curves(self) -> None:
         """Draws loss.png."""
@@ -165,11 +192,11 @@ def read_log(path: Path, max_lines: int | None = None) -> list[dict]:
     """The lines of a log.jsonl, without damaged ones and a last one that a crash cut short.
 
     Args:
-        max_lines: of a longer file, read only about this many lines, evenly spread.
+        max_lines: of a longer file, read only about this many lines, evenly spread, and those of evaluations.
     """
     with path.open(errors="replace") as file:
         length = len(file.readline())
         file.seek(0)
         every = 1 if max_lines is None or not length else max(1, path.stat().st_size // (length * max_lines))
-        lines = [line for number, line in enumerate(file) if number % every == 0]
+        lines = [line for number, line in enumerate(file) if number % every == 0 or '"eval_' in line]
     return [entry for line in lines if line.endswith("\n") and (entry := parse(line))]

@@ -89,7 +89,10 @@ def checkpoint_bytes(recipe: TrainConfig, net: torch.nn.Module) -> int:
 
 def checkpoints_at_once(recipe: TrainConfig, total: int) -> int:
     """How many checkpoints the disk has to hold: one is written while the others stay."""
-    return min(recipe.keep + 1, math.ceil(total / recipe.checkpoint_every))
+    milestones = total // recipe.keep_every if recipe.keep_every else 0
+    most = math.ceil(total / recipe.checkpoint_every)
+    most += total // recipe.eval_every if recipe.keep_best else 0
+    return min(recipe.keep + 1 + recipe.keep_best + milestones, most)
 
 
 def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own=Parts(), start: Path | None = None) -> Plan:

@@ -1,4 +1,6 @@
-"""The sample pictures of a run."""
+"""What a run samples while it trains: its pictures, and what it compares with a reference."""
+
+from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
@@ -8,8 +10,7 @@ from meanflow.pictures import save_grid
 from meanflow.sampler import average_velocity, sample
 
 
-@torch.no_grad()
-def draw_samples(recipe, data, net, sampling, accelerator, step: int) -> None:
+def draw_samples(recipe, data, net, sampling, accelerator, step: int) -> Path:
     """Writes samples/step-....png: one-step samples, a column for each class; of fixed pairs, their images again.
 
     Conditions beside the class are those of the first samples. All processes draw the same samples, because the network
@@ -20,17 +21,31 @@ def draw_samples(recipe, data, net, sampling, accelerator, step: int) -> None:
         net: the averaged network.
         sampling: how it is sampled, a Sampling.
         step: the optimiser step, for the name of the picture.
+    Returns:
+        the picture's path.
     """
     columns = min(data.num_classes, 10) or 8
     rows = 8 if data.shape[-1] <= 16 else 4
     count = min(64, len(data)) if recipe.fixed_noise else columns * rows
-    _, cond = data.batch([0], [generator(recipe.seed, 0, "data")])
-    if recipe.fixed_noise or cond.keys() - {"y"}:  # the conditions of the first samples
-        indices = [index % len(data) for index in range(count)]
-        _, cond = data.batch(indices, [generator(recipe.seed, index, "data") for index in indices])
-    if data.num_classes and not recipe.fixed_noise:
-        cond["y"] = torch.linspace(0, data.num_classes - 1, columns).long().repeat(rows)
-    e, cond = send_to_device((noise(recipe.seed, range(count), data.shape), cond), accelerator.device)
-    x = sample(lambda z, t, r: average_velocity(net, z, t, r, cond, sampling.prediction, sampling.t_min), e)
+    shown = torch.linspace(0, data.num_classes - 1, columns).long().repeat(rows) if data.num_classes else None
+    x = one_step(recipe, data, net, sampling, range(count), None if recipe.fixed_noise else shown, accelerator.device)
+    path = recipe.out / "samples" / f"step-{step:08d}.png"
     if accelerator.is_main_process:
-        save_grid(data.to_pixels(x), recipe.out / "samples" / f"step-{step:08d}.png", columns)
+        save_grid(data.to_pixels(x), path, columns)
+    return path
+
+
+@torch.no_grad()
+def one_step(recipe, data, net, sampling, indices: range, y: torch.Tensor | None, device) -> torch.Tensor:
+    """One-step samples in model units, (B, C, *S), of the noise of these indices.
+
+    Args:
+        y: their classes, (B,); None: those of the training samples, as further conditions always are.
+    """
+    _, cond = data.batch([0], [generator(recipe.seed, 0, "data")])
+    if cond and (y is None or cond.keys() - {"y"}):
+        places = [index % len(data) for index in indices]
+        _, cond = data.batch(places, [generator(recipe.seed, place, "data") for place in places])
+    cond = cond if y is None else {**cond, "y": y}
+    e, cond = send_to_device((noise(recipe.seed, indices, data.shape), cond), device)
+    return sample(lambda z, t, r: average_velocity(net, z, t, r, cond, sampling.prediction, sampling.t_min), e)

@@ -4,7 +4,7 @@ import os
 import sys
 
 from meanflow import program
-from meanflow.data.sources import load_data
+from meanflow.data.sources import training_data
 from meanflow.publishing.checkpoints import saved_step
 from meanflow.training import preflight
 from meanflow.training.checkpoint import choose_checkpoint
@@ -54,7 +54,7 @@ def show(plan: Plan) -> None:
 
 def dry_run(recipe, own: Parts) -> None:
     """Shows what a run under this launch would be, without a device."""
-    data = (own.data or load_data)(recipe)
+    data = training_data(recipe, own.data)
     num_processes = recipe.plan[1] if recipe.plan else program.environment_number("WORLD_SIZE", 1)
     plan = preflight.preflight(recipe, data, num_processes, own, choose_checkpoint(recipe))
     if program.environment_number("RANK", 0) == 0:

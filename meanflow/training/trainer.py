@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from meanflow.config import TrainConfig, check, recipe_fields
 from meanflow.data.loader import Ahead, make_loader
-from meanflow.data.sources import load_data
+from meanflow.data.sources import training_data
 from meanflow.files import ensure, first_line, read_json, write_json
 from meanflow.noise import stream_seed
+from meanflow.objectives.base import Sampling
 from meanflow.objectives.jvp import support_fsdp2
 from meanflow.program import INTERRUPTED, environment_number
 from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
@@ -36,6 +37,7 @@ from meanflow.training import checkpoint
 from meanflow.training.checkpoint import CheckpointWriter, on_processes
 from meanflow.training.compile import can_compile, compile_objective
 from meanflow.training.ema import Averages
+from meanflow.training.evaluation import Evaluation
 from meanflow.training.guard import FAILED, Guard, Stop
 from meanflow.training.log import Log
 from meanflow.training.optimizer import make_optimizer, set_rates
@@ -85,7 +87,7 @@ class Trainer:
         recipe, accelerator = self.recipe, self.accelerator
         is_seen = self.start is None or self.start.exists()
         check(is_seen, "out", recipe.out, "on a disk that all machines share, since one does not see the checkpoint")
-        self.data = (own.data or load_data)(recipe)
+        self.data = training_data(recipe, own.data)
         plan = preflight(recipe, self.data, accelerator.num_processes, own, self.start)
         self.total = plan.total
         if accelerator.is_local_main_process:
@@ -104,6 +106,7 @@ class Trainer:
         self.bare = plan.objective(self.net, recipe.objective)  # what is saved; self.objective may wrap it
         self.bare.prepare(self.data)
         self.bare.to(accelerator.device)
+        self.evaluation = Evaluation(recipe, self.data, accelerator) if recipe.eval_every else None
         self.averages = Averages(self.net, {str(decay): decay for decay in recipe.ema_decay})
         return plan
 
@@ -116,6 +119,7 @@ class Trainer:
         """
         progress = self.restore()
         self.step = progress["step"]
+        self.best = progress.get("best", {})  # score so far, by the metric's name
         self.log = Log(self.accelerator, self.recipe, self.fields, progress)
         code, reason = INTERRUPTED, "interrupted"
         try:
@@ -210,23 +214,41 @@ class Trainer:
         self.raw_loss = 0.0
         if self.step % recipe.log_every == 0 or is_last:
             self.bar.set_postfix(log.write(self.step, lr=self.optimizer.param_groups[0]["lr"]))
+        is_evaluated = recipe.eval_every is not None and (self.step % recipe.eval_every == 0 or is_last)
+        scores = self.evaluate() if is_evaluated else {}
+        is_best = any(score < self.best.get(metric, math.inf) for metric, score in scores.items())
+        self.best |= scores if is_best else {}
         is_push = recipe.push_every is not None and self.step % recipe.push_every == 0 and not is_last
-        if self.step % recipe.checkpoint_every == 0 or is_push or is_last or (stop and stop.save):
+        is_due = self.step % recipe.checkpoint_every == 0 or is_last or (is_best and recipe.keep_best)
+        if is_due or is_push or (stop and stop.save):
             stop = stop or guard.decide()  # by this step, too: it must be worth saving
             if guard.in_a_row and not (stop or is_last):
                 tqdm.write(f"step {self.step} is not saved, since it was skipped", file=sys.stderr)
             elif not stop or stop.save:
                 with log.clock("saving"):
-                    self.writer.save({"step": self.step, **guard.state, **log.state()})
+                    progress = {"step": self.step, "scores": scores, "best": self.best}
+                    self.writer.save({**progress, **guard.state, **log.state()})
                 if is_push and self.writer.wait() and self.pusher:
                     with log.optional("push"):
                         self.pusher.start(checkpoints(recipe.out)[-1])
         if self.step % recipe.sample_every == 0 or is_last:
             with log.clock("samples"), log.optional("samples/"):
-                average, sampling = self.averages.nets[str(recipe.ema_decay[0])], self.bare.sampling(recipe.objective)
-                draw_samples(recipe, self.data, average, sampling, self.accelerator, self.step)
+                picture = draw_samples(recipe, self.data, *self.sampled(), self.accelerator, self.step)
+                log.track_picture(picture, self.step)
             log.draw_curves()
         return stop
+
+    def sampled(self) -> tuple[torch.nn.Module, Sampling]:
+        """The first average, and how it is sampled."""
+        return self.averages.nets[str(self.recipe.ema_decay[0])], self.bare.sampling(self.recipe.objective)
+
+    def evaluate(self) -> dict[str, float]:
+        """Logs how the samples compare with the reference. Returns this by the metric's name, {} where it failed."""
+        metric, score = self.recipe.eval_metric, math.nan
+        with self.log.clock("samples"), self.log.optional("evaluation"):
+            score = self.evaluation.score(*self.sampled())
+            self.log.put(self.step, {f"eval_{metric}": score})
+        return {metric: score} if math.isfinite(score) else {}
 
     def publish(self, fault: str | None, trained: bool) -> None:
         """Exports a finished run into pipeline/ and pushes it; a failure of either does not touch the run.

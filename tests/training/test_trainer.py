@@ -226,32 +226,6 @@ def test_unknown_model_is_refused_before_a_folder_is_made(recipe):
     assert not recipe.out.exists()
 
 
-@pytest.mark.slow
-def test_trackers_get_the_log(recipe):
-    train(replace(recipe, track=("tensorboard",)))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    reader = EventAccumulator(str(recipe.out / recipe.out.name))
-    reader.Reload()
-    logged = {line["step"]: line["raw_loss"] for line in read_log(recipe.out / "log.jsonl")}
-    assert {e.step: e.value for e in reader.Scalars("raw_loss")} == pytest.approx(logged)
-
-
-def test_resumed_run_is_the_same_run_to_its_tracker(recipe, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")  # its 20 packages are no part of the test extra
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    tracked = replace(recipe, track=("wandb",), steps=4)
-    train(tracked)
-    (recipe.out / "step-00000004").rename(tmp_path / "moved")
-    train(tracked)
-    runs = [path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")]
-    assert len(runs) == 2 and len(set(runs)) == 1
-    train(replace(tracked, steps=2, out=tmp_path / "another"))
-    assert len({path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}) == 2
-
-
 @pytest.mark.parametrize(
     "schedule, warmup_steps, expected",
     [
