@@ -85,8 +85,8 @@ class MeanFlowConfig(ObjectiveConfig):
     # time_sampler v1 some of the share have r = t, too
     meanflow_ratio: Annotated[float, SHARE] = 0.25
     # v0 (the paper's): t and r are the maximum and the minimum of two logit-normal draws; v1 (the authors' CIFAR-10
-    # code): t is drawn by itself, and r = min(t, r)
-    time_sampler: Literal["v0", "v1"] = "v0"
+    # code): t is drawn by itself, and r = min(t, r); uniform: the maximum and the minimum of two uniform draws
+    time_sampler: Literal["v0", "v1", "uniform"] = "v0"
     # mean of logit(t)
     P_mean: float = -0.4
     # standard deviation of logit(t), > 0

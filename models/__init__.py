@@ -6,6 +6,7 @@ Other sizes of a network are given by name, too: `MODELS["UNet-cifar"](..., mode
 from functools import partial
 
 from models.dit import DiT
+from models.mlp import MLP
 from models.unet import UNet, UNetCifar
 
 # The classes that are imported above, by the names that saved networks have in their config.json.
@@ -28,6 +29,7 @@ MODELS = {
     for size, (depth, width, heads) in _DIT_SIZES.items()
     for patch_size in (2, 4, 8)
 } | {
+    "MLP": MLP,
     "UNet-cifar": _unet_cifar,
     "UNet-digits": partial(UNet, block_out_channels=(32, 64), attention=(False, True), layers_per_block=1),
     # For 32 x 32 pixels, and for the 32 x 32 x 4 latents of 256 x 256 images.

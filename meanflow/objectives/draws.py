@@ -108,11 +108,13 @@ def sample_times(config: MeanFlowConfig, normals: Tensor, interval: Tensor) -> t
     """t and r, (B,), from standard normal numbers (B, 2) and the rows that keep r != t, (B,) bool.
 
     v0, arXiv:2505.13447 sec. 4.3: t and r are the maximum and the minimum of two logit-normals. v1, the authors'
-    CIFAR-10 code: t is drawn by itself and r = min(t, r), so that some of the chosen rows have r = t all the same. In
-    the other rows r = t either way.
+    CIFAR-10 code: t is drawn by itself and r = min(t, r), so that some of the chosen rows have r = t all the same.
+    uniform: as v0, of two uniform numbers. In the other rows r = t either way.
     """
     t, r = ((mean + std * normal).sigmoid() for (mean, std), normal in zip(logit_laws(config), normals.unbind(1)))
-    if config.time_sampler == "v0":
+    if config.time_sampler == "uniform":
+        t, r = torch.special.ndtr(normals).unbind(1)
+    if config.time_sampler != "v1":
         t, r = torch.maximum(t, r), torch.minimum(t, r)
     if config.prediction == "x":
         t = t.clamp(min=config.t_min)
@@ -164,6 +166,8 @@ def num_predictions(config: MeanFlowConfig, batch: int) -> int:
         """The probability that t <= time."""
         if time in (0.0, 1.0):
             return time
+        if config.time_sampler == "uniform":
+            return time**2
         chances = [NormalDist(*law).cdf(math.log(time / (1 - time))) for law in logit_laws(config)]
         return chances[0] if config.time_sampler == "v1" else math.prod(chances)
 

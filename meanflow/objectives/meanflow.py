@@ -58,6 +58,10 @@ class MeanFlow(Objective):
         if self.config.channel_weights == "inverse-variance":
             self.channel_weights = (1 / data.channel_variance()).float()
 
+    def jvp(self, u_fn: Callable, primals: tuple, tangents: tuple) -> tuple[Tensor, Tensor]:
+        """u_fn of the primals, with its graph, and its derivative along the tangents, detached."""
+        return JVP[self.config.jvp](u_fn, primals, tangents)
+
     def u(self, z: Tensor, t: Tensor, r: Tensor, cond: Cond) -> Tensor:
         return average_velocity(self.net, z, t, r, cond, self.config.prediction, self.config.t_min)
 
@@ -89,7 +93,7 @@ class MeanFlow(Objective):
         u_tgt = v_g = self.guide(v, z_t, t, cond, u, draws) if config.guided else v
         if k:
             u_fn = partial(self.u, cond=select(cond, slice(k)))
-            u_k, u_tgt_k, du_dt = mean_velocity_target(u_fn, z_t[:k], t[:k], r[:k], v_g[:k], JVP[config.jvp])
+            u_k, u_tgt_k, du_dt = mean_velocity_target(u_fn, z_t[:k], t[:k], r[:k], v_g[:k], self.jvp)
             u, u_tgt = torch.cat([u_k, u]), torch.cat([u_tgt_k, v_g[flow]])
             metrics["du_dt"] = du_dt.flatten(1).norm(dim=1).mean()
 

@@ -28,9 +28,9 @@ class Evaluation:
     def __init__(self, recipe, data, accelerator):
         self.recipe, self.data, self.accelerator = recipe, data, accelerator
         network, name = METRICS[recipe.eval_metric].network, recipe.eval_reference
-        extractors = {network: make_extractor(network, recipe.eval_features)} if network else {}
         is_image = recipe.vae is None and len(data.shape) == 3 and data.shape[0] in (1, 3)
         check(is_image or recipe.vae or not network, "eval_metric", recipe.eval_metric, "energy or frechet for volumes")
+        extractors = {network: make_extractor(network, recipe.eval_features)} if network else {}
         self.describe = Describe((recipe.eval_metric,), extractors, is_image, lambda x: data.to_pixels(x) / 2 + 0.5)
         if name == "held-out":
             check(data.held_out is not None, "held_out", recipe.held_out, "> 0, or name an --eval-reference")

@@ -127,7 +127,7 @@ class Broken(InMemory):
 
 
 def test_channel_that_breaks_is_named_and_the_last_good_checkpoint_stays(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("meanflow.training.trainer.load_data", lambda recipe: Broken(shapes(64), None, 0))
+    monkeypatch.setattr("meanflow.data.sources.load_data", lambda recipe: Broken(shapes(64), None, 0))
     run = recipe("shapes", out=tmp_path / "run", model="DiT-XS/8", steps=40, checkpoint_every=5, grace_steps=10)
     with pytest.raises(SystemExit) as end:
         Trainer(run).train()

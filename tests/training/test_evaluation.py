@@ -81,10 +81,10 @@ def test_every_kind_of_data_holds_out(tmp_path, vae):
         np.save(tmp_path / f"volumes/{number}.npy", random.normal(size=(2, 4, 4, 4)).astype(np.float32))
     pixels = {"data": str(tmp_path / "images"), "resolution": 16, "model": "DiT-XS/4"}
     kinds = {"pixels": pixels, "volumes": {"data": str(tmp_path / "volumes"), "model": "DiT-XS/4"}}
-    kinds["latents"] = {**pixels, "vae": str(vae), "scaling_factor": 0.5, "model": "DiT-XS/2"}
+    kinds["latents"] = {**pixels, "vae": str(vae), "scaling_factor": 0.18215, "model": "DiT-XS/2"}
     for name, fields in kinds.items():
         run = TrainConfig(
-            out=tmp_path / name, steps=2, global_batch=4, held_out=0.3, eval_every=2, eval_images=10, **fields
+            out=tmp_path / f"run-{name}", steps=2, global_batch=4, held_out=0.3, eval_every=2, eval_images=10, **fields
         )
         assert in_child(run) == 0, name
         assert list(scores(run.out)) == [2] and read_json(run.out / "data.json")["held_out"] == 0.3
