@@ -17,7 +17,14 @@ from tools.reference import PAGES, options, page
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-NUM_SAMPLES = {"imagenet": 1_281_167, "cifar10": 50_000, "digits": 1_347, "deterministic": 4, "volumes": 512}
+NUM_SAMPLES = {
+    "imagenet": 1_281_167,
+    "cifar10": 50_000,
+    "digits": 1_347,
+    "deterministic": 4,
+    "volumes": 512,
+    "toy2d": 50_000,
+}
 # Flags of other programs: accelerate, torchrun, pip, pytest.
 OTHERS = {"--config_file", "--machine_rank", "--main_process_ip", "--multi_gpu", "--cpu", "--num_processes", "--help"}
 
