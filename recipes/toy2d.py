@@ -4,7 +4,7 @@
     python recipes/toy2d.py --data checkerboard --out runs/checkerboard
     python tools/toy2d_report.py runs/toy2d                  # compares u with the true average velocity, and draws it
 
-Every field is a flag. The same command resumes from --out. No paper has these figures; ours: docs/experiments.md.
+Every field is a flag. The same command resumes from --out. No paper has these figures; ours: docs/evaluation.md.
 """
 
 import math

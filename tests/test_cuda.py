@@ -14,10 +14,15 @@ from safetensors.torch import load_file
 
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.data.loader import make_loader
-from meanflow.data.sources import load_data
+from meanflow.data.sources import digits, load_data
+from meanflow.evaluation.distances import energy_distance
+from meanflow.noise import noise
 from meanflow.objectives.draws import make_draws, order_slots
 from meanflow.objectives.meanflow import MeanFlow
+from meanflow.publishing.checkpoints import checkpoints, load_network
+from meanflow.sampler import average_velocity, sample
 from meanflow.training.compile import compile_objective
+from meanflow.training.log import read_log
 from meanflow.training.optimizer import make_optimizer
 from meanflow.training.trainer import Trainer
 
@@ -54,6 +59,17 @@ def loss_and_gradient(objective: MeanFlow, step: int) -> tuple[float, torch.Tens
     loss = objective(on_gpu(objective.net, step)).loss
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+
+
+def test_evaluation_on_a_gpu_is_that_on_the_cpu(recipe):
+    """Of the same averaged network, by the sampler itself."""
+    Trainer(replace(recipe, eval_every=8, eval_images=200)).train()
+    (found,) = [line["eval_energy"] for line in read_log(recipe.out / "log.jsonl") if "eval_energy" in line]
+    net, y = load_network(checkpoints(recipe.out)[-1]), torch.arange(200) % 10
+    with torch.no_grad():
+        x = sample(lambda z, t, r: average_velocity(net, z, t, r, {"y": y}), noise(0, range(200), (1, 8, 8)))
+    rounded = [((part.clamp(-1, 1) + 1) * 127.5).round().flatten(1) / 127.5 - 1 for part in (x, digits()[1].x)]
+    assert found == pytest.approx(energy_distance(*rounded), rel=1e-3)
 
 
 @pytest.mark.parametrize("options", [{}, {"triton.cudagraphs": True}], ids=["compiled", "in CUDA graphs"])

@@ -97,7 +97,10 @@ def run_folder(options: Options, source: Path) -> Path:
         return out
     if (source / "step.json").exists():
         return source.parent / "evaluation"
-    return source / "evaluation" if (source / "recipe.json").exists() else Path("evaluation", source.name)
+    if (source / "recipe.json").exists():
+        return source / "evaluation"
+    is_folder = Path(options.checkpoint).expanduser().exists()
+    return Path("evaluation", source.name if is_folder else options.checkpoint.replace("/", "--"))
 
 
 def held_out(source: Path, pipe, device):

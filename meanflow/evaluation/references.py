@@ -10,7 +10,8 @@ from torch import Tensor
 from meanflow.config import check
 from meanflow.data.base import Data
 from meanflow.data.images import ImageFiles
-from meanflow.files import checksum, ensure, errors_as
+from meanflow.data.latents import LATENTS
+from meanflow.files import checksum, ensure, errors_as, fingerprint
 from meanflow.noise import generator
 
 # Whose features statistics of this many dimensions are.
@@ -22,7 +23,7 @@ class Reference:
 
     Attributes:
         name: as the user gave it.
-        sha256: of the file; None where it is no file.
+        sha256: of the file, or a fingerprint of several; None where it is of the Hub, or built in.
         count: how many images or samples there are; 0 if there are only statistics.
         statistics: mu and sigma of features, by the features' name, that are known without any images.
     """
@@ -65,7 +66,7 @@ class ImageReference(Reference):
     """The images of a folder, a table or a Hub id, cut to the size of the generated ones."""
 
     def __init__(self, source: str, size: int):
-        super().__init__(source)
+        super().__init__(source, contents(source))
         self.images = ImageFiles(source, size)
         self.count = len(self.images)
 
@@ -76,8 +77,8 @@ class ImageReference(Reference):
 class DataReference(Reference):
     """Samples of a Data, such as those that a run holds out."""
 
-    def __init__(self, data: Data, device: torch.device, name: str = "held-out"):
-        super().__init__(name)
+    def __init__(self, data: Data, device: torch.device):
+        super().__init__("held-out", contents(data.metadata.get("source", "")))
         self.data, self.device, self.count = data, device, len(data)
 
     def batch(self, indices: list[int]) -> tuple[None, Tensor]:
@@ -99,6 +100,15 @@ def open_reference(source: str, size: int) -> Reference:
         check(path.is_file(), "reference", source, "a file that is there")
         return Statistics(path)
     return ImageReference(source, size)
+
+
+def contents(source: str) -> str | None:
+    """A fingerprint of the files of a folder or of one file; None if it is neither."""
+    path = Path(source).expanduser()
+    listing = path / LATENTS  # of a latent cache, with the checksums of the others
+    found = [listing] if listing.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path] if path.is_file() else found if source else []
+    return fingerprint(files) if files else None
 
 
 def read_cache(path: Path) -> dict:

@@ -229,3 +229,23 @@ def test_dinov2_takes_a_file_as_timm_has_it(tmp_path):
         expected = small.eval()((images / 255 - mean) / std)
         found = extractor(images)["dinov2"]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_come_from_the_hub_by_the_name_of_their_file(hub, tmp_path, monkeypatch):
+    import timm
+    from huggingface_hub import HfApi
+    from safetensors.torch import save_file
+
+    from meanflow.evaluation import features
+
+    small = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    save_file(small.state_dict(), tmp_path / "small.safetensors")
+    HfApi().create_repo("user/dino")
+    HfApi().upload_file(
+        path_or_fileobj=tmp_path / "small.safetensors", path_in_repo="x/y.safetensors", repo_id="user/dino"
+    )
+    monkeypatch.setattr(features.DinoV2, "NAME", "vit_tiny_patch16_224")
+    extractor = make_extractor("dinov2", "user/dino/x/y.safetensors")
+    torch.testing.assert_close(extractor.net.state_dict()["norm.weight"], small.state_dict()["norm.weight"])
+    with pytest.raises(Refusal, match="user/none/y.pth is no file, and the Hub does not give it"):
+        make_extractor("dinov2", "user/none/y.pth")
