@@ -36,6 +36,7 @@ POSITIVE = ("> 0", lambda x: x > 0)
 SPAN = ("> 0 and at most 1e9", lambda x: 0 < x <= 1e9)
 NOT_NEGATIVE = (">= 0", lambda x: x >= 0)
 COUNT = (">= 1", lambda x: x >= 1)
+TEN = (">= 10", lambda x: x >= 10)
 ABOVE_1 = ("> 1", lambda x: x > 1)
 SHARE = ("in [0, 1]", lambda x: 0 <= x <= 1)
 BELOW_1 = ("in [0, 1)", lambda x: 0 <= x < 1)
@@ -245,8 +246,8 @@ class TrainConfig:
     # held-out: the samples that are not trained on; or a reference as tools/evaluate.py takes it
     eval_reference: str = "held-out"
     # images that are generated in each evaluation; FID is known of 50,000, and of few it is much higher
-    eval_images: Annotated[int, COUNT] = 1000
-    # file of the weights of Inception or DINOv2; none: they are downloaded
+    eval_images: Annotated[int, TEN] = 1000
+    # weights of Inception or DINOv2: a file, or one of the Hub, owner/name/file; none: they are downloaded
     eval_features: str | None = None
     # auto: go on from the newest checkpoint of --out, if there is one; never: refuse a folder that has one; or the
     # folder of a checkpoint to go on from

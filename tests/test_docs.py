@@ -25,8 +25,16 @@ NUM_SAMPLES = {
     "volumes": 512,
     "toy2d": 50_000,
 }
-# Flags of other programs: accelerate, torchrun, pip, pytest.
-OTHERS = {"--config_file", "--machine_rank", "--main_process_ip", "--multi_gpu", "--cpu", "--num_processes", "--help"}
+# Flags of other programs: accelerate, torchrun, pip, pytest, trackio.
+OTHERS = {
+    "--config_file",
+    "--machine_rank",
+    "--main_process_ip",
+    "--multi_gpu",
+    "--cpu",
+    "--num_processes",
+    "--help",
+} | {"--run", "--metric"}
 
 
 def blocks(path: Path, language: str) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from recipes.toy2d import CENTRES, POINTS, STD
+from recipes.experiments.plane import CENTRES, POINTS, STD
 from tools.toy2d_report import exact_average_velocity, exact_velocity
 
 
@@ -57,7 +57,10 @@ def test_recipe_and_report(data, tool, tmp_path, monkeypatch):
     assert "one step is " in shown and ("relative error of u" in shown) == (data == "ring")
     for name in ("toy2d.png", "particles.gif"):
         assert (run / name).stat().st_size > 10_000
-    assert json.loads((run / "metrics.json").read_text())["ratio"] > 1
+    assert json.loads((run / "toy2d.json").read_text())["ratio"] > 1
     assert "data must be one of ring, checkerboard, got blobs" in tool(
         "recipes/toy2d", "--data", "blobs", *flags[:-1], tmp_path / "x"
     )
+    assert "belongs to another recipe (data.json's points ring there" in tool(
+        "recipes/toy2d", "--data", "checkerboard", *flags
+    ) or (data == "checkerboard")

@@ -2,16 +2,17 @@
 
     python tools/evaluate.py runs/digits                              # against the digits that are not trained on
     python tools/evaluate.py runs/digits --compare                    # one step beside more steps and ODE solvers
-    accelerate launch -q tools/evaluate.py user/ditxl --reference VIRTUAL_imagenet256_labeled.npz jit_in256_stats.npz
+    accelerate launch -q tools/evaluate.py user/ditxl --reference adm.npz jit.npz --metrics fid is
     python tools/evaluate.py user/ditxl --reference photos/ --metrics kid fdd --features dinov2 dinov2.safetensors
 
 Image k depends only on --seed and k, so any number of processes measures the same. After a kill the same command goes
-on, because the features of what was generated lie in --out. They also serve a further reference.
+on, because the features of what was generated lie in --out. They also serve a further reference, by the same metrics.
 """
 
 import csv
 import hashlib
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +76,9 @@ class Options:
     """run the file of a network that is not in the zoo, which lies beside its weights; read it first"""
 
     def __post_init__(self) -> None:
-        for name, most in (("num_images", 10**7), ("num_steps", 10_000), ("batch_size", 10**6)):
+        for name, least, most in (("num_images", 10, 10**7), ("num_steps", 1, 10_000), ("batch_size", 1, 10**6)):
             value = getattr(self, name)
-            check(value is None or 1 <= value <= most, name, value, f">= 1 and at most {most:,}")
+            check(value is None or least <= value <= most, name, value, f">= {least} and at most {most:,}")
         check(self.seed >= 0, "seed", self.seed, ">= 0")
         check(len(self.reference) > 0, "reference", "nothing", "one or several")
         check(len(set(self.reference)) == len(self.reference), "reference", self.reference, "different ones")
@@ -165,7 +166,6 @@ class Evaluator:
             are_pictures or not OF_NETWORKS & set(self.metrics), "metrics", self.metrics, "energy or frechet for these"
         )
         self.count = options.num_images or (50_000 if OF_NETWORKS & set(self.metrics) else 2000)
-        check(self.count >= 2, "num_images", self.count, ">= 2")
         paths = dict(options.features)
         needed = {METRICS[metric].network for metric in self.metrics} - {None}
         for name in paths.keys() - needed:
@@ -179,13 +179,14 @@ class Evaluator:
             "weights_sha256": weights, "ema": options.ema, "dtype": options.dtype, "num_images": self.count,
             "labels": options.labels if self.pipe.num_classes else None, "seed": options.seed,
             "rounding": "to the nearest of 256 levels" if is_image or extractors else None,
-            "batch_size": options.batch_size, "features": networks, "code": meanflow.__version__,
+            "batch_size": options.batch_size, "features": networks, "metrics": list(self.metrics),
+            "code": meanflow.__version__,
         }  # fmt: skip
         self.references = [self.open(name, source) for name in options.reference]
 
     def open(self, name: str, source: Path):
         """A reference, and the folder of its features."""
-        from meanflow.evaluation.evaluate import METRICS, Features
+        from meanflow.evaluation.evaluate import Features, needs_features
         from meanflow.evaluation.references import open_reference
 
         size = self.pipe.shape[-1]
@@ -198,10 +199,7 @@ class Evaluator:
         same |= {"batch_size": self.options.batch_size}
         folder = self.out / f"reference-{digest(same)}"
         features = Features(folder, reference.count, self.options.batch_size, reference.statistics)
-        needed = {METRICS[metric].features for metric in self.metrics} - {"logits"}
-        is_missing = not needed <= reference.statistics.keys()
-        check(reference.count > 0 or not is_missing, "reference", name, f"with images for {', '.join(self.metrics)}")
-        return reference, features, is_missing
+        return reference, features, needs_features(self.metrics, reference, self.describe, math.prod(self.pipe.shape))
 
     def generate(self, indices: range, solver: str, steps: int, scale: float | None) -> dict:
         """The features of these images."""
@@ -244,19 +242,18 @@ class Evaluator:
             for reference, features, _ in self.references:
                 about = {"reference": reference.name, "sha256": reference.sha256, "images": reference.count}
                 report["references"].append({**about, "metrics": measure(self.metrics, own, features)})
-            write_json(self.out / f"{name}-{digest(settings)}.json", report)
+            write_json(self.out / f"{name}-{digest(report)}.json", report)
         self.accelerator.wait_for_everyone()
         return report
 
 
 def flat(report: dict) -> dict[str, float]:
     """The metrics of a report by name; of several references each name has its own."""
-    one = len(report["references"]) == 1
-    return {
-        metric if one else f"{metric} {Path(part['reference']).name}": value
-        for part in report["references"]
-        for metric, value in part["metrics"].items()
-    }
+    names = [part["reference"] for part in report["references"]]
+    short = [Path(name).name for name in names]
+    suffixes = [""] if len(names) == 1 else [f" {name}" for name in (short if len({*short}) == len(names) else names)]
+    parts = zip(report["references"], suffixes)
+    return {f"{metric}{suffix}": value for part, suffix in parts for metric, value in part["metrics"].items()}
 
 
 def show(reports: list[dict]) -> None:
@@ -284,7 +281,7 @@ def verdict(reports: list[dict]) -> str:
     if not ones:
         return words
     one = max(ones) if metric.is_higher_better else min(ones)
-    behind = best / one - 1 if metric.is_higher_better else one / best - 1
+    behind = abs(one - best) / abs(best) if best else float(one != best)
     inside = "within 20 % of the best" if behind <= 0.2 else "not within 20 % of the best"
     return f"{words}; one step: {one:.4g}, {behind:.1%} behind, {inside}"
 

@@ -50,7 +50,7 @@ class Options:
 
 def all_experiments(scale: str) -> dict:
     """Every experiment that has this scale, by name."""
-    names = [path.stem for path in sorted(FOLDER.glob("[a-z]*.py")) if path.stem != "base"]
+    names = [path.stem for path in sorted(FOLDER.glob("[a-z]*.py")) if path.stem not in ("base", "plane")]
     modules = {name.replace("_", "-"): importlib.import_module(f"recipes.experiments.{name}") for name in names}
     found = {name: getattr(module, scale.upper()) for name, module in modules.items()}
     return {name: experiment for name, experiment in found.items() if experiment is not None}
@@ -119,21 +119,29 @@ class Runner:
 
     def run(self, experiment, name: str, arm_name: str, seed: int) -> dict[str, float] | None:
         """The numbers of an arm; those of a run that diverged are None."""
-        from accelerate.state import PartialState
+        from accelerate.state import AcceleratorState, PartialState
+        from accelerate.utils import broadcast_object_list
 
         from meanflow.files import read_json, write_json
 
         arm = experiment.arms[arm_name]
         place, recipe = self.place(arm, seed)
-        result = place / f"{name}.json"
+        result = self.result(place, name)
         if result.exists():
             return read_json(result)["metrics"]
         is_whole = recipe is None or self.train(recipe, arm.parts, place)
         metrics = experiment.measure(place, replace(arm, recipe=recipe), self.options.reference) if is_whole else None
+        metrics = broadcast_object_list([metrics])[0]  # only the first process may have them
         if PartialState().is_main_process:
             place.mkdir(parents=True, exist_ok=True)
             write_json(result, {"arm": arm_name, "seed": seed, "metrics": metrics})
+        AcceleratorState._reset_state(reset_partial_state=True)  # the next arm may have another precision
         return metrics
+
+    def result(self, place: Path, name: str) -> Path:
+        """The file of a run's numbers, which belong to the experiment and to the reference."""
+        reference = self.options.reference
+        return place / f"{name}{'-' + hashlib.sha256(reference.encode()).hexdigest()[:8] if reference else ''}.json"
 
     def experiment(self, name: str, experiment, only_known: bool = False):
         """The results of all arms and seeds; with only_known those that are there, None if one is missing."""
@@ -143,7 +151,7 @@ class Runner:
         results = Results({arm: {} for arm in experiment.arms})
         for number, (seed, arm) in enumerate(jobs, start=1):
             begin = time.perf_counter()
-            is_there = (self.place(experiment.arms[arm], seed)[0] / f"{name}.json").exists()
+            is_there = self.result(self.place(experiment.arms[arm], seed)[0], name).exists()
             if only_known and not is_there:
                 return None
             metrics = self.run(experiment, name, arm, seed)
@@ -155,8 +163,8 @@ class Runner:
                 words = f"[{number}/{len(jobs)}] {name}, {arm}, seed {seed}: {first[0]} {first[1]:.4g} ({how})"
                 print(words, file=sys.stderr, flush=True)
         for arm in results:
+            metrics = {metric: None for values in results.values() for metric in values} or {"diverged": None}
             lost = experiment.seeds - len(next(iter(results[arm].values()), []))
-            metrics = {metric for values in results.values() for metric in values}
             for metric in metrics if lost else ():
                 results[arm].setdefault(metric, []).extend([math.inf] * lost)
         return results
@@ -237,6 +245,10 @@ def list_experiments(options: Options) -> None:
 
 
 def run(options: Options) -> bool:
+    from meanflow.files import ensure
+
+    given = options.scale == "tiny" or options.reference
+    ensure(given, "reference must be given at the scale of the paper: it holds no images out, got None")
     runner, all_hold = Runner(options), True
     for name, experiment in chosen(options).items():
         results = runner.experiment(name, experiment)

@@ -140,7 +140,7 @@ def report(options: Options) -> None:
     from meanflow.sampler import average_velocity, euler, sample
 
     sys.path.insert(0, str(ROOT))
-    from recipes.toy2d import CENTRES, POINTS, STD
+    from recipes.experiments.plane import CENTRES, POINTS, STD
 
     checkpoint = find_checkpoint(options.run.expanduser())
     data = read_json(checkpoint / "recipe.json")["data"]
@@ -184,7 +184,7 @@ def report(options: Options) -> None:
         relative = (learned - true).norm() / true.norm()
         print(f"relative error of u where samples are, t = {t:g}, r = {r:g}: {relative:.3f}")
         distances[f"error of u, t = {t:g}, r = {r:g}"] = float(relative)
-    write_json(options.run / "metrics.json", {**distances, "ratio": ratio})
+    write_json(options.run / "toy2d.json", {**distances, "ratio": ratio})
     draw(options.run / "toy2d.png", {"data": other, "one step": one, "50 Euler steps": fifty}, errors, side)
     start, end, frames = e.view(-1, 2), one, 40
     straight = [start + (end - start) * frame / (frames - 1) for frame in range(frames)]
@@ -195,7 +195,7 @@ def report(options: Options) -> None:
         path.append(z.view(-1, 2))
     curved = [path[round(frame * 50 / (frames - 1))] for frame in range(frames)]
     animate(options.run / "particles.gif", {"one step": straight, "50 Euler steps": curved}, frames)
-    print(f"{options.run}: toy2d.png, particles.gif, metrics.json")
+    print(f"{options.run}: toy2d.png, particles.gif, toy2d.json")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 
 def mean_distance(x: Tensor, y: Tensor) -> float:
-    """The mean of |x_i - y_j| over all pairs, in float64."""
-    # By way of squares, as cdist does it for many rows, neighbours would lose half of their digits.
-    exactly = "donot_use_mm_for_euclid_dist"
-    blocks = [(a.double(), b.double()) for a in x.split(BLOCK) for b in y.split(BLOCK)]
-    return float(sum(torch.cdist(a, b, compute_mode=exactly).sum() for a, b in blocks)) / (len(x) * len(y))
+    """The mean of |x_i - y_j| over all pairs, in float64, a block at a time."""
+    # By way of squares, which is much faster for many numbers, a distance has 8 digits and not 16.
+    mode = "donot_use_mm_for_euclid_dist" if x.shape[1] <= 128 else "use_mm_for_euclid_dist"
+    blocks = ((a.double(), b.double()) for a in x.split(BLOCK) for b in y.split(BLOCK))
+    return float(sum(torch.cdist(a, b, compute_mode=mode).sum() for a, b in blocks)) / (len(x) * len(y))
 
 
 class Moments:

@@ -6,7 +6,9 @@ pictures are, or what the network makes where that is no picture, such as latent
 the energy distance.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from meanflow.config import Refusal
-from meanflow.evaluation.distances import Moments, energy_distance, frechet_distance
+from meanflow.config import check
+from meanflow.evaluation.distances import Moments, frechet_distance, mean_distance
+from meanflow.evaluation.references import Reference
 from meanflow.files import ensure, errors_as, replacing
 
 MAX_DIMENSIONS = 4096  # of the features of a Frechet distance, whose covariance it takes
@@ -27,6 +30,7 @@ class Features:
 
     Args:
         count, batch_size: how many images there are, and how many in each batch.
+        statistics: mu and sigma of features, by the features' name, that are known without the files.
     """
 
     def __init__(self, folder: Path, count: int, batch_size: int, statistics: dict | None = None):
@@ -35,7 +39,7 @@ class Features:
     def write(self, make: Callable[[range], dict[str, Tensor]], accelerator, name: str) -> None:
         """Makes this process's share of the features that are not there yet.
 
-        All processes make equally many, since a sharded network needs all of them.
+        In an empty folder all processes make equally many, since a sharded network needs all of them.
 
         Args:
             make: features by name, each (B, D), of these images.
@@ -63,43 +67,36 @@ class Features:
             raise error
 
     def batches(self, name: str) -> Iterator[Tensor]:
-        for path in sorted(self.folder.glob("[0-9]*.safetensors")):
+        paths, due = sorted(self.folder.glob("[0-9]*.safetensors")), math.ceil(self.count / self.batch_size)
+        ensure(len(paths) == due, f"{self.folder} has {len(paths)} of {due} batches: do all machines share its disk?")
+        for path in paths:
             with errors_as(f"{path} is damaged: remove it"):
                 rows = load_file(path)[name]
             yield rows
 
     def rows(self, name: str) -> Tensor:
-        """All rows, (N, D).
-
-        Raises:
-            Refusal: only the statistics are known.
-        """
-        ensure(self.count > 0, f"a reference of mu and sigma has no images to take {name} features of")
+        """All rows, (N, D)."""
         return torch.cat(list(self.batches(name)))
+
+    @cached_property
+    def inner_distance(self) -> float:
+        """The mean distance of two of the samples."""
+        return mean_distance(self.rows("samples"), self.rows("samples"))
 
     def statistics(self, name: str) -> dict:
         """The rows' mean and covariance, as published or summed up batch by batch."""
         if name in self.known:
             return self.known[name]
-        ensure(self.count > 1, f"a Frechet distance in {name} features needs 2 images or more, or their mu and sigma")
         moments = Moments()
         for rows in self.batches(name):
-            size = rows.shape[1]
-            ensure(
-                size <= MAX_DIMENSIONS, f"frechet is for at most {MAX_DIMENSIONS} dimensions, got {size}: use energy"
-            )
             moments.add(rows)
         return moments.statistics()
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8, rounded."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 class Metric(NamedTuple):
     features: str
     network: str | None  # the extractor whose features they are
+    needs: str  # of the reference: statistics, rows or nothing
     is_higher_better: bool
     measure: Callable[[Features, Features], dict[str, float]]  # of generated images and a reference
 
@@ -109,10 +106,8 @@ def frechet(name: str, features: str) -> Callable[[Features, Features], dict[str
 
 
 def energy(own: Features, other: Features) -> dict[str, float]:
-    x, y = own.rows("samples"), other.rows("samples")
-    if x.shape[1] != y.shape[1]:
-        raise Refusal(f"the generated samples have {x.shape[1]} numbers each, and those of the reference {y.shape[1]}")
-    return {"energy": energy_distance(x, y)}
+    between = mean_distance(own.rows("samples"), other.rows("samples"))
+    return {"energy": 2 * between - own.inner_distance - other.inner_distance}
 
 
 def inception_score(own: Features, _) -> dict[str, float]:
@@ -137,14 +132,19 @@ def precision_and_recall(own: Features, other: Features) -> dict[str, float]:
 
 
 METRICS = {
-    "fid": Metric("inception", "inception", False, frechet("fid", "inception")),
-    "is": Metric("logits", "inception", True, inception_score),
-    "prc": Metric("inception", "inception", True, precision_and_recall),
-    "kid": Metric("inception", "inception", False, kernel_distance),
-    "fdd": Metric("dinov2", "dinov2", False, frechet("fdd", "dinov2")),
-    "energy": Metric("samples", None, False, energy),
-    "frechet": Metric("samples", None, False, frechet("frechet", "samples")),
+    "fid": Metric("inception", "inception", "statistics", False, frechet("fid", "inception")),
+    "is": Metric("logits", "inception", "nothing", True, inception_score),
+    "prc": Metric("inception", "inception", "rows", True, precision_and_recall),
+    "kid": Metric("inception", "inception", "rows", False, kernel_distance),
+    "fdd": Metric("dinov2", "dinov2", "statistics", False, frechet("fdd", "dinov2")),
+    "energy": Metric("samples", None, "rows", False, energy),
+    "frechet": Metric("samples", None, "statistics", False, frechet("frechet", "samples")),
 }
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8, rounded."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 class Describe:
@@ -174,6 +174,26 @@ class Describe:
         for extractor in self.extractors.values():
             features |= extractor(images.expand(-1, 3, -1, -1))
         return {name: features[name] for name in self.names}
+
+
+def needs_features(metrics: tuple[str, ...], reference: Reference, describe: Describe, numbers: int) -> bool:
+    """Whether a reference's own features are needed, beside the statistics that it has.
+
+    Args:
+        numbers: how many a generated sample has.
+    Raises:
+        Refusal: the metrics cannot be measured against this reference.
+    """
+    is_small = "frechet" not in metrics or numbers <= MAX_DIMENSIONS
+    check(is_small, "frechet", f"{numbers:,} numbers", f"of samples of at most {MAX_DIMENSIONS:,} numbers: use energy")
+    asked = [METRICS[metric] for metric in metrics]
+    unknown = {metric.features for metric in asked if metric.needs == "statistics"} - reference.statistics.keys()
+    if not unknown and all(metric.needs != "rows" for metric in asked):
+        return False
+    check(reference.count > 1, "reference", reference.name, f"one with 2 images or more for {', '.join(metrics)}")
+    there = describe(*reference.batch([0])).get("samples", torch.empty(1, numbers)).shape[1]
+    ensure(there == numbers, f"generated samples have {numbers} numbers each, and those of {reference.name} {there}")
+    return True
 
 
 def measure(metrics: tuple[str, ...], own: Features, other: Features) -> dict[str, float]:

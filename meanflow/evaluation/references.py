@@ -1,6 +1,9 @@
 """What generated samples are compared with: images, a run's held-out samples, or statistics that others published."""
 
+import hashlib
+import json
 import zipfile
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,6 @@ from torch import Tensor
 from meanflow.config import check
 from meanflow.data.base import Data
 from meanflow.data.images import ImageFiles
-from meanflow.data.latents import LATENTS
 from meanflow.files import checksum, ensure, errors_as, fingerprint
 from meanflow.noise import generator
 
@@ -23,7 +25,7 @@ class Reference:
 
     Attributes:
         name: as the user gave it.
-        sha256: of the file, or a fingerprint of several; None where it is of the Hub, or built in.
+        sha256: of the file, a fingerprint of a folder, or a hash of what a run noted of its data; None for the Hub.
         count: how many images or samples there are; 0 if there are only statistics.
         statistics: mu and sigma of features, by the features' name, that are known without any images.
     """
@@ -43,20 +45,25 @@ class Statistics(Reference):
         super().__init__(str(path), checksum(path))
         with errors_as(f"reference {path} cannot be read"):
             known = read_cache(path) if path.suffix == ".pt" else np.load(path, allow_pickle=False)
+            names = ", ".join(map(str, known))
             if "mu" in known:
                 mu, sigma = (np.asarray(known[name], np.float64) for name in ("mu", "sigma"))
                 is_of_set = mu.ndim == 1 and sigma.shape == 2 * mu.shape and len(mu) in FEATURES
                 shapes = f"mu {mu.shape} and sigma {sigma.shape}"
                 ensure(is_of_set, f"reference {path} has {shapes}, not (D,) and (D, D) with D {list(FEATURES)}")
                 self.statistics[FEATURES[len(mu)]] = {"mu": mu, "sigma": sigma}
-            self.images = map_images(path) if "arr_0" in known else None
-        is_known = self.statistics or self.images is not None
-        ensure(bool(is_known), f"reference {path} has neither mu and sigma nor arr_0, only {', '.join(known)}")
-        if self.images is not None:
-            shape, kind = self.images.shape, self.images.dtype
-            is_image = len(shape) == 4 and shape[-1] in (1, 3) and kind == np.uint8 and len(self.images) > 0
+            shape, kind = array_header(path, "arr_0") if "arr_0" in known else (None, None)
+        is_known = len(self.statistics) > 0 or shape is not None
+        ensure(is_known, f"reference {path} has neither mu and sigma nor arr_0, only {names}")
+        if shape is not None:
+            is_image = len(shape) == 4 and shape[-1] in (1, 3) and kind == np.uint8 and shape[0] > 0
             ensure(is_image, f"reference {path}: arr_0 must be uint8 (N, H, W, 1 or 3), got {kind} {shape}")
-            self.count = len(self.images)
+            self.count = shape[0]
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        with errors_as(f"reference {self.name} cannot be read"):
+            return np.load(self.name, allow_pickle=False)["arr_0"]
 
     def batch(self, indices: list[int]) -> tuple[Tensor, None]:
         return torch.from_numpy(self.images[indices]).permute(0, 3, 1, 2), None
@@ -78,7 +85,8 @@ class DataReference(Reference):
     """Samples of a Data, such as those that a run holds out."""
 
     def __init__(self, data: Data, device: torch.device):
-        super().__init__("held-out", contents(data.metadata.get("source", "")))
+        about = json.dumps(data.metadata, sort_keys=True, default=str)
+        super().__init__("held-out", hashlib.sha256(about.encode()).hexdigest())
         self.data, self.device, self.count = data, device, len(data)
 
     def batch(self, indices: list[int]) -> tuple[None, Tensor]:
@@ -105,9 +113,7 @@ def open_reference(source: str, size: int) -> Reference:
 def contents(source: str) -> str | None:
     """A fingerprint of the files of a folder or of one file; None if it is neither."""
     path = Path(source).expanduser()
-    listing = path / LATENTS  # of a latent cache, with the checksums of the others
-    found = [listing] if listing.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    files = [path] if path.is_file() else found if source else []
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return fingerprint(files) if files else None
 
 
@@ -117,20 +123,15 @@ def read_cache(path: Path) -> dict:
 
     kinds = [multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType]
     with torch.serialization.safe_globals(kinds):
-        return torch.load(path, weights_only=True)
+        known = torch.load(path, weights_only=True)
+    ensure(isinstance(known, dict), "it holds no mu and sigma")
+    return known
 
 
-def map_images(path: Path) -> np.ndarray:
-    """arr_0 of an .npz file, of which only what is used is read, if it is not compressed."""
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.getinfo("arr_0.npy")
-    if entry.compress_type != zipfile.ZIP_STORED:
-        return np.load(path, allow_pickle=False)["arr_0"]
-    with path.open("rb") as file:
-        file.seek(entry.header_offset + 26)
-        lengths = int.from_bytes(file.read(2), "little"), int.from_bytes(file.read(2), "little")  # name, extra
-        file.seek(sum(lengths), 1)
+def array_header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array of an .npz file, of which no more is read."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, kind = read(file)
-        return np.memmap(path, kind, "r", file.tell(), shape)
+    return shape, kind

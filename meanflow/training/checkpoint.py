@@ -211,14 +211,26 @@ class CheckpointWriter:
         remove_temporary(out)
 
 
+def score_name(recipe: TrainConfig) -> str:
+    """Scores of one name can be compared."""
+    return f"{recipe.eval_metric} of {recipe.eval_images} images against {recipe.eval_reference}"
+
+
+def read_score(folder: Path, recipe: TrainConfig) -> float | None:
+    """What the evaluation at a checkpoint gave, None if there was none or this cannot be read."""
+    try:
+        return read_json(folder / "step.json").get("scores", {}).get(score_name(recipe))
+    except Refusal:
+        return None
+
+
 def superfluous(recipe: TrainConfig) -> list[Path]:
     """The checkpoints that are neither among the newest, nor the best, nor kept for good."""
     done, every = checkpoints(recipe.out), recipe.keep_every
     kept = set(done[-recipe.keep :]) | {path for path in done if every and int(path.name[5:]) % every == 0}
-    if recipe.keep_best:
-        scores = {path: read_json(path / "step.json").get("scores", {}).get(recipe.eval_metric) for path in done}
-        scored = [path for path in done if scores[path] is not None]
-        kept |= set(sorted(scored, key=scores.get)[:1])
+    scores = {path: read_score(path, recipe) for path in done if recipe.keep_best}
+    scored = [path for path in scores if scores[path] is not None]
+    kept |= set(sorted(scored, key=scores.get)[:1])
     return [path for path in done if path not in kept]
 
 

@@ -131,8 +131,8 @@ class Log:
 
     def put(self, step: int, values: dict) -> None:
         """Writes a line, and gives it to the trackers, as train/... and eval/..."""
-        self.unwritten += json.dumps({"step": step, **values}) + "\n"
         if self.accelerator.is_main_process:
+            self.unwritten += json.dumps({"step": step, **values}) + "\n"
             with self.optional("log.jsonl"):
                 append(self.path, self.unwritten)
                 self.unwritten = ""

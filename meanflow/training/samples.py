@@ -7,7 +7,7 @@ from accelerate.utils import send_to_device
 
 from meanflow.noise import generator, noise
 from meanflow.pictures import save_grid
-from meanflow.sampler import average_velocity, sample
+from meanflow.sampler import average_velocity, euler, sample
 
 
 def draw_samples(recipe, data, net, sampling, accelerator, step: int) -> Path:
@@ -48,4 +48,5 @@ def one_step(recipe, data, net, sampling, indices: range, y: torch.Tensor | None
         _, cond = data.batch(places, [generator(recipe.seed, place, "data") for place in places])
     cond = cond if y is None else {**cond, "y": y}
     e, cond = send_to_device((noise(recipe.seed, indices, data.shape), cond), device)
-    return sample(lambda z, t, r: average_velocity(net, z, t, r, cond, sampling.prediction, sampling.t_min), e)
+    solver = sample if sampling.solver == "meanflow" else euler  # without r != t, u is known only at r = t
+    return solver(lambda z, t, r: average_velocity(net, z, t, r, cond, sampling.prediction, sampling.t_min), e, 1)

@@ -119,7 +119,7 @@ class Trainer:
         """
         progress = self.restore()
         self.step = progress["step"]
-        self.best = progress.get("best", {})  # score so far, by the metric's name
+        self.best = progress.get("best", {})  # score so far, by its name
         self.log = Log(self.accelerator, self.recipe, self.fields, progress)
         code, reason = INTERRUPTED, "interrupted"
         try:
@@ -215,8 +215,8 @@ class Trainer:
         if self.step % recipe.log_every == 0 or is_last:
             self.bar.set_postfix(log.write(self.step, lr=self.optimizer.param_groups[0]["lr"]))
         is_evaluated = recipe.eval_every is not None and (self.step % recipe.eval_every == 0 or is_last)
-        scores = self.evaluate() if is_evaluated else {}
-        is_best = any(score < self.best.get(metric, math.inf) for metric, score in scores.items())
+        scores = self.evaluate() if is_evaluated and not stop else {}
+        is_best = any(score < self.best.get(name, math.inf) for name, score in scores.items())
         self.best |= scores if is_best else {}
         is_push = recipe.push_every is not None and self.step % recipe.push_every == 0 and not is_last
         is_due = self.step % recipe.checkpoint_every == 0 or is_last or (is_best and recipe.keep_best)
@@ -243,12 +243,12 @@ class Trainer:
         return self.averages.nets[str(self.recipe.ema_decay[0])], self.bare.sampling(self.recipe.objective)
 
     def evaluate(self) -> dict[str, float]:
-        """Logs how the samples compare with the reference. Returns this by the metric's name, {} where it failed."""
+        """Logs how the samples compare with the reference. Returns this by its name, {} where it failed."""
         metric, score = self.recipe.eval_metric, math.nan
         with self.log.clock("samples"), self.log.optional("evaluation"):
             score = self.evaluation.score(*self.sampled())
             self.log.put(self.step, {f"eval_{metric}": score})
-        return {metric: score} if math.isfinite(score) else {}
+        return {checkpoint.score_name(self.recipe): score} if math.isfinite(score) else {}
 
     def publish(self, fault: str | None, trained: bool) -> None:
         """Exports a finished run into pipeline/ and pushes it; a failure of either does not touch the run.

@@ -15,7 +15,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from meanflow.config import Refusal
 from meanflow.evaluation.distances import frechet_distance
-from meanflow.evaluation.evaluate import METRICS, Describe, Features, measure
+from meanflow.evaluation.evaluate import Describe, Features, measure, needs_features
 from meanflow.evaluation.features import make_extractor
 from meanflow.evaluation.references import ImageReference, open_reference
 
@@ -170,6 +170,8 @@ def published(tmp_path) -> dict[str, Path]:
     np.savez(tmp_path / "jit.npz", mu=mu.astype(np.float64), sigma=sigma)
     np.savez(tmp_path / "images.npz", arr_0=images)
     np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
+    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(images))
+    torch.save([mu, sigma], tmp_path / "list.pt")
     torch.save({"mu": mu, "sigma": sigma}, tmp_path / "x-inception-v3-compat-stat-fid-2048.pt")
     return {path.stem.split("-")[0]: path for path in tmp_path.iterdir()} | {"mu": mu, "sigma": sigma, "arr": images}
 
@@ -182,12 +184,34 @@ def test_published_statistics_are_read(published):
         np.testing.assert_allclose(statistics["mu"], published["mu"], rtol=1e-6)
         np.testing.assert_allclose(statistics["sigma"], published["sigma"], rtol=1e-6)
         assert reference.count == count and len(reference.sha256) == 64
-    for name in ("adm", "images", "compressed"):
+    for name in ("adm", "images", "compressed", "fortran"):
         images, _ = open_reference(str(published[name]), 8).batch([3, 17])
         assert (images.permute(0, 2, 3, 1).numpy() == published["arr"][[3, 17]]).all()
-    unknown = Features(published["jit"].parent / "none", 0, 4, open_reference(str(published["jit"]), 8).statistics)
-    with pytest.raises(Refusal, match="a reference of mu and sigma has no images to take inception features of"):
-        METRICS["kid"].measure(unknown, unknown)
+    with pytest.raises(Refusal, match="list.pt cannot be read|holds no mu and sigma"):
+        open_reference(str(published["list"]), 8)
+    describe = Describe(("fid", "kid"), {"inception": Rows()}, True, None)
+    for name, is_needed in {"adm": True, "x": False, "jit": False}.items():
+        reference = open_reference(str(published[name]), 8)
+        assert not needs_features(("fid", "is"), reference, describe, 192)
+        for metric in ("kid", "prc"):  # which need the images themselves
+            if is_needed:
+                assert needs_features((metric,), reference, describe, 192)
+            else:
+                with pytest.raises(Refusal, match=f"must be one with 2 images or more for {metric}, got"):
+                    needs_features((metric,), reference, describe, 192)
+    with pytest.raises(
+        Refusal, match="frechet must be of samples of at most 4,096 numbers: use energy, got 9,999 numbers"
+    ):
+        needs_features(("frechet",), open_reference(str(published["adm"]), 8), describe, 9999)
+
+
+def test_batches_that_are_missing_are_said(tmp_path):
+    """As where each machine has a disk of its own."""
+    features = Features(tmp_path, 10, 4)
+    features.write(lambda indices: {"samples": torch.zeros(len(indices), 1)}, PartialState(), "images")
+    (tmp_path / "000001.safetensors").unlink()
+    with pytest.raises(Refusal, match="has 2 of 3 batches: do all machines share its disk?"):
+        features.rows("samples")
 
 
 def test_pickle_is_not_run(tmp_path):
