@@ -47,16 +47,16 @@ class SlowData(InMemory):
 
 
 def test_seconds_are_counted_where_they_are_spent(recipe, monkeypatch):
-    """A step waits 0.05 s for its data and 0.2 s for its checkpoint; the rate counts only the first.
+    """A step waits 0.05 s for its data and 0.6 s for its checkpoint; the rate counts only the first.
 
     The last three steps wait for no data, since batches are read three steps ahead.
     """
     real = CheckpointWriter.save
-    monkeypatch.setattr(CheckpointWriter, "save", lambda self, progress: (time.sleep(0.2), real(self, progress))[1])
+    monkeypatch.setattr(CheckpointWriter, "save", lambda self, progress: (time.sleep(0.6), real(self, progress))[1])
     images = digits()[0]
     Trainer(replace(recipe, steps=9), Parts(data=lambda recipe: SlowData(images.x, images.y, 10))).train()
     for line in read_log(recipe.out / "log.jsonl")[1:3]:
-        assert line["seconds_data"] >= 0.1 and line["seconds_saving"] >= 0.4
+        assert line["seconds_data"] >= 0.1 and line["seconds_saving"] >= 1.2
         training = 2 * recipe.global_batch / line["images_per_second"]
         assert line["seconds_data"] <= training < line["seconds_saving"] + line["seconds_data"]
 
