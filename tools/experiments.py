@@ -101,15 +101,15 @@ class Runner:
         from meanflow.training.guard import DIVERGED
         from meanflow.training.trainer import Parts, Trainer
 
-        end = place / "end.json"
-        code = read_json(end, code=int)["code"] if end.exists() else None
+        ended = place / "end.json"
+        code = read_json(ended, code=int)["code"] if ended.exists() else None
         if code in (0, DIVERGED):
             return code == 0
         try:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
                 Trainer(recipe, Parts(**parts)).train()
-        except SystemExit as end:
-            if end.code != DIVERGED:
+        except SystemExit as stopped:
+            if stopped.code != DIVERGED:
                 raise
             return False
         finally:

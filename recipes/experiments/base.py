@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from meanflow import MeanFlowConfig, TrainConfig
+from meanflow import TrainConfig
+from recipes.digits_dit import RECIPE
 
 
 @dataclass(frozen=True)
@@ -70,30 +71,7 @@ class Experiment:
 
 
 # The digits of recipes/digits_dit.py, with about half of its steps.
-DIGITS = TrainConfig(
-    data="digits",
-    model="DiT-XS/2",
-    objective=MeanFlowConfig(
-        meanflow_ratio=0.5,
-        time_sampler="v1",
-        P_mean=0.2,
-        P_std=1.4,
-        P_mean_r=-3.0,
-        P_std_r=1.4,
-        norm_p=0.5,
-        class_dropout_prob=0.0,
-    ),
-    steps=600,
-    global_batch=128,
-    lr=7e-3,
-    betas=(0.9, 0.99),
-    schedule="cosine",
-    warmup_steps=50,
-    ema_decay=(0.95,),
-    log_every=50,
-    checkpoint_every=300,
-    sample_every=100_000,  # at the end
-)
+DIGITS = replace(RECIPE, steps=600, log_every=50, checkpoint_every=300, sample_every=100_000)  # pictures at the end
 COUNT = 1000  # samples that are judged
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from meanflow.objectives.draws import (
     has_interval,
     make_draws,
     num_meanflow,
+    num_predictions,
     order_slots,
     sample_times,
 )
@@ -168,3 +170,14 @@ def test_draws_move_to_a_device_whole():
     draws = make_draws(MeanFlowConfig(kappa=0.5), (3,), 0, order_slots(MeanFlowConfig(), range(8), 8))
     moved = draws.to("meta")
     assert isinstance(moved, Draws) and moved.e.is_meta and moved.drop.is_meta and moved.guided[1].is_meta
+
+
+def test_uniform_times_are_the_larger_and_the_smaller_of_two_uniform_numbers():
+    """P(t <= s) = s^2 and P(r <= s) = 1 - (1 - s)^2; guidance counts by the same law."""
+    config = MeanFlowConfig(meanflow_ratio=1.0, time_sampler="uniform", class_dropout_prob=0.0)
+    draws = make_draws(config, (1,), 0, range(20_000))
+    for share in (0.2, 0.5, 0.9):
+        assert abs((draws.t <= share).double().mean() - share**2) < 0.015
+        assert abs((draws.r <= share).double().mean() - (1 - (1 - share) ** 2)) < 0.015
+    guided = replace(config, omega=2.0, t_end=0.5, class_dropout_prob=0.1)
+    assert num_predictions(guided, 4000) < 0.3 * 4000 < num_predictions(replace(guided, time_sampler="v0"), 4000)
