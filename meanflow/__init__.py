@@ -8,9 +8,10 @@ import importlib
 __version__ = "0.1.0"
 
 _NAMES = {
-    "config": ("MeanFlowConfig", "ObjectiveConfig", "TrainConfig"),
+    "config": ("ImprovedMeanFlowConfig", "MeanFlowConfig", "ObjectiveConfig", "TrainConfig"),
     "sampler": ("average_velocity", "sample"),
     "objectives.base": ("Batch", "Objective", "Output"),
+    "objectives.improved": ("ImprovedMeanFlow",),
     "objectives.meanflow": ("MeanFlow", "mean_velocity_target"),
     "objectives.draws": ("make_draws", "order_slots"),
     "objectives.jvp": ("jvp",),

@@ -75,8 +75,8 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
-class MeanFlowConfig(ObjectiveConfig):
-    """The objective of arXiv:2505.13447. Flow matching is meanflow_ratio 0; plain squared error is norm_p 0.
+class VelocityConfig(ObjectiveConfig):
+    """What the objectives of average velocities share: times, the weight of the loss, labels, the network's output.
 
     Raises:
         ValueError: a value is out of range; the message names the field and the value.
@@ -100,14 +100,6 @@ class MeanFlowConfig(ObjectiveConfig):
     norm_p: Annotated[float, NOT_NEGATIVE] = 1.0
     # added to the squared error in the adaptive weight, > 0 (official code: 0.01 for ImageNet, 0.001 for CIFAR-10)
     norm_eps: Annotated[float, POSITIVE] = 0.01
-    # guidance in training: weight of the true velocity, > 0; the effective scale is omega / (1 - kappa)
-    omega: Annotated[float, POSITIVE] = 1.0
-    # guidance in training: weight of the class-conditional prediction, in [0, 1)
-    kappa: Annotated[float, BELOW_1] = 0.0
-    # guidance acts only on times t >= t_start, in [0, 1]
-    t_start: Annotated[float, SHARE] = 0.0
-    # guidance acts only on times t <= t_end, in [0, 1]
-    t_end: Annotated[float, SHARE] = 1.0
     # share of the labels that become the null class, in [0, 1]; their velocity is not guided
     class_dropout_prob: Annotated[float, SHARE] = 0.1
     # which labels may become the null class. independent: any; flow: only those of r = t samples, as in the official
@@ -125,7 +117,6 @@ class MeanFlowConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.t_start <= self.t_end, "t_start", self.t_start, f"<= t_end, which is {self.t_end}")
         weights = self.channel_weights
         are_numbers = isinstance(weights, (tuple, list)) and len(weights) > 0 and min(weights) > 0
         allowed = "numbers > 0, inverse-variance or None"
@@ -133,8 +124,33 @@ class MeanFlowConfig(ObjectiveConfig):
         flow, dropped = 1 - self.meanflow_ratio, self.class_dropout_prob
         limit = f"at most 1 - meanflow_ratio ({flow}) with null_class flow"
         check(self.null_class != "flow" or dropped <= flow, "class_dropout_prob", dropped, limit)
-        learns_null = not self.guided or dropped > 0
-        check(learns_null, "objective.class_dropout_prob", dropped, "> 0 with guidance, which reads the null class")
+
+
+LEARNS_NULL = "> 0 with guidance, which reads the null class"
+
+
+@dataclass(frozen=True)
+class MeanFlowConfig(VelocityConfig):
+    """The objective of arXiv:2505.13447. Flow matching is meanflow_ratio 0; plain squared error is norm_p 0.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field and the value.
+    """
+
+    # guidance in training: weight of the true velocity, > 0; the effective scale is omega / (1 - kappa)
+    omega: Annotated[float, POSITIVE] = 1.0
+    # guidance in training: weight of the class-conditional prediction, in [0, 1)
+    kappa: Annotated[float, BELOW_1] = 0.0
+    # guidance acts only on times t >= t_start, in [0, 1]
+    t_start: Annotated[float, SHARE] = 0.0
+    # guidance acts only on times t <= t_end, in [0, 1]
+    t_end: Annotated[float, SHARE] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.t_start <= self.t_end, "t_start", self.t_start, f"<= t_end, which is {self.t_end}")
+        learns_null = not self.guided or self.class_dropout_prob > 0
+        check(learns_null, "objective.class_dropout_prob", self.class_dropout_prob, LEARNS_NULL)
 
     @property
     def guided(self) -> bool:
@@ -145,6 +161,31 @@ class MeanFlowConfig(ObjectiveConfig):
     def effective_scale(self) -> float:
         """The CFG scale that omega and kappa train in; 1 is none."""
         return self.omega / (1 - self.kappa)
+
+
+@dataclass(frozen=True)
+class ImprovedMeanFlowConfig(VelocityConfig):
+    """The objective of arXiv:2512.02012, whose network is told the CFG scale, so that it can be sampled at any.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field and the value.
+    """
+
+    meanflow_ratio: Annotated[float, SHARE] = 0.5
+    # CFG scales omega are trained from 1 to this, > 1
+    omega_max: Annotated[float, ABOVE_1] = 8.0
+    # beta, >= 0: the density of omega is proportional to omega^-beta
+    omega_beta: Annotated[float, NOT_NEGATIVE] = 1.0
+    # the CFG scale that sampling uses unless told otherwise, >= 1
+    guidance_scale: Annotated[float, COUNT] = 2.0
+    # the times in which guidance acts when sampling, unless told otherwise, in [0, 1]
+    guidance_interval: Annotated[tuple[float, float], SHARE] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        start, end = self.guidance_interval
+        check(start <= end, "guidance_interval", self.guidance_interval, "a start, and an end that is not before it")
+        check(self.class_dropout_prob > 0, "objective.class_dropout_prob", self.class_dropout_prob, LEARNS_NULL)
 
 
 @dataclass(frozen=True)
@@ -169,8 +210,8 @@ class TrainConfig:
     # the factor that the VAE's latents are multiplied by; a latent cache must have noted the same
     scaling_factor: Annotated[float | None, POSITIVE] = None
     # how latents are normalised. scale: by the scaling factor; channel: each channel of the cache to mean 0 and
-    # standard deviation 1
-    normalization: Literal["scale", "channel"] = "scale"
+    # standard deviation 1; imf: by the constants of the official code of improved MeanFlow, for Stable Diffusion's VAE
+    normalization: Literal["scale", "channel", "imf"] = "scale"
     # crop: cut the middle square of each image at --resolution; no-crop: the images have that size already, and are
     # read into memory at the start
     crop: bool = True
@@ -330,9 +371,10 @@ def recipe_fields(recipe: TrainConfig, objective_class: str = "MeanFlow") -> dic
 
 def with_defaults(old: dict) -> dict:
     """The content of a recipe.json; the fields that are newer than it have their defaults, which it was trained by."""
-    defaults = recipe_fields(TrainConfig(steps=1))
-    complete = {**defaults, **old}
-    if complete["objective_class"] == "MeanFlow":
+    complete = {**recipe_fields(TrainConfig(steps=1)), **old}
+    options = {"MeanFlow": MeanFlowConfig, "ImprovedMeanFlow": ImprovedMeanFlowConfig}.get(complete["objective_class"])
+    if options is not None:
+        defaults = recipe_fields(TrainConfig(steps=1, objective=options()))
         complete["objective"] = {**defaults["objective"], **old["objective"]}
     return complete
 

@@ -32,8 +32,19 @@ def average_velocity(net: Callable, z: Tensor, t: Tensor, r: Tensor, cond: Cond,
         prediction: "u" if the network returns u; "x" if it returns x_hat, so that u = (z - x_hat) / max(t, t_min),
             arXiv:2601.22158.
     """
-    out = net(z, t, t - r, **cond).to(z.dtype)  # from autocast back to at least float32
+    return as_velocity(net(z, t, t - r, **cond), z, t, prediction, t_min)
+
+
+def as_velocity(out: Tensor, z: Tensor, t: Tensor, prediction="u", t_min=0.05) -> Tensor:
+    """The velocity that a network's output means; arguments as for average_velocity."""
+    out = out.to(z.dtype)  # from autocast back to at least float32
     return out if prediction == "u" else (z - out) / expand(t.clamp(min=t_min), z)
+
+
+def guidance_conditions(scale: float, interval: Sequence[float], like: Tensor) -> Cond:
+    """The conditions of a network that is told the CFG scale and the times in which it acts, for times like, (B,)."""
+    values = {"omega": scale, "t_start": interval[0], "t_end": interval[1]}
+    return {name: torch.full_like(like, value) for name, value in values.items()}
 
 
 def sample(u_fn: UFn, e: Tensor, num_steps: int = 1, grid: Sequence[float] | None = None) -> Tensor:

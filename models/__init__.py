@@ -6,6 +6,7 @@ Other sizes of a network are given by name, too: `MODELS["UNet-cifar"](..., mode
 from functools import partial
 
 from models.dit import DiT
+from models.imf import IMF
 from models.mlp import MLP
 from models.unet import UNet, UNetCifar
 
@@ -15,6 +16,7 @@ NETWORKS = {name: value for name, value in globals().items() if hasattr(value, "
 # depth, hidden_size, num_heads
 _DIT_SIZES = {"XS": (4, 64, 4), "S": (12, 384, 6), "B": (12, 768, 12)}
 _DIT_SIZES |= {"M": (16, 1024, 16), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+_IMF_SIZES = {"B": (12, 768, 12), "M": (24, 768, 12), "L": (32, 1024, 16), "XL": (48, 1024, 16)}
 
 
 def _unet_cifar(input_size: int | tuple[int, ...], in_channels: int, **options) -> UNetCifar:
@@ -27,8 +29,12 @@ def _unet_cifar(input_size: int | tuple[int, ...], in_channels: int, **options) 
 MODELS = {
     f"DiT-{size}/{patch_size}": partial(DiT, patch_size=patch_size, depth=depth, hidden_size=width, num_heads=heads)
     for size, (depth, width, heads) in _DIT_SIZES.items()
-    for patch_size in (2, 4, 8)
+    for patch_size in (2, 4, 8, 16)
 } | {
+    **{
+        f"iMF-{size}/2": partial(IMF, patch_size=2, depth=depth, hidden_size=width, num_heads=heads)
+        for size, (depth, width, heads) in _IMF_SIZES.items()
+    },
     "MLP": MLP,
     "UNet-cifar": _unet_cifar,
     "UNet-digits": partial(UNet, block_out_channels=(32, 64), attention=(False, True), layers_per_block=1),

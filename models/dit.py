@@ -105,6 +105,7 @@ class DiT(ModelMixin, ConfigMixin):
         depth, num_heads: how many blocks, and the heads of the attention of each.
         mlp_ratio: width of the hidden layer of a block's MLP, as a multiple of D.
         num_classes: classes 0..num_classes - 1; num_classes itself is the null class. 0: unconditional, y is None.
+        takes_omega: whether it is told the CFG scale and the times in which guidance acts.
     Raises:
         ValueError: a size that does not divide, or a z of another shape.
     """
@@ -114,7 +115,16 @@ class DiT(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio=4.0, num_classes=1000
+        self,
+        input_size,
+        patch_size,
+        in_channels,
+        hidden_size,
+        depth,
+        num_heads,
+        mlp_ratio=4.0,
+        num_classes=1000,
+        takes_omega=False,
     ):
         super().__init__()
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
@@ -126,6 +136,7 @@ class DiT(ModelMixin, ConfigMixin):
         if hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 and of num_heads ({num_heads})")
         self.z_shape = (in_channels, *size)
+        self.takes_omega = takes_omega
         self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() sets it
         embed = PatchEmbed if len(size) == 2 else PatchEmbed3d
         self.x_embedder = embed(size, patch_size, in_channels, hidden_size)
@@ -134,6 +145,10 @@ class DiT(ModelMixin, ConfigMixin):
         if num_classes:
             # The table's last row is the null class.
             self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, hidden_size)})
+        if takes_omega:
+            self.omega_embedder = TimestepEmbedder(hidden_size)
+            self.t_start_embedder = TimestepEmbedder(hidden_size)
+            self.t_end_embedder = TimestepEmbedder(hidden_size)
         self.register_buffer("pos_embed", sincos_positions(hidden_size, *self.x_embedder.grid_size), persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size ** len(size) * in_channels)
@@ -148,7 +163,7 @@ class DiT(ModelMixin, ConfigMixin):
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.view(patch.out_channels, -1))
         nn.init.zeros_(patch.bias)
-        for embedder in (self.t_embedder, self.h_embedder):
+        for embedder in (module for module in self.children() if isinstance(module, TimestepEmbedder)):
             nn.init.normal_(embedder.mlp[0].weight, std=0.02)
             nn.init.normal_(embedder.mlp[2].weight, std=0.02)
         if self.config.num_classes:
@@ -157,21 +172,39 @@ class DiT(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, z: Tensor, t: Tensor, h: Tensor, y: Tensor | None = None) -> Tensor:
-        """Returns u like z. z: (B, C, *S); t, h = t - r: (B,) in [0, 1]; y: (B,) int64, None if unconditional."""
+    def forward(self, z, t, h, y=None, omega=None, t_start=None, t_end=None) -> Tensor:
+        """Returns u like z.
+
+        Args:
+            z: (B, C, *S). t, h = t - r: (B,) in [0, 1].
+            y: classes in [0, num_classes], (B,) int64; None if unconditional.
+            omega: with takes_omega the CFG scale, >= 1, (B,); None: 1, no guidance.
+            t_start, t_end: the times in which guidance acts, in [0, 1], (B,); None: 0 and 1.
+        """
         if z.shape[1:] != self.z_shape:
             raise ValueError(f"z must be (B, {', '.join(map(str, self.z_shape))}), got {tuple(z.shape)}")
         if (y is None) != (self.config.num_classes == 0):
             must = "must" if y is None else "must not"
             raise ValueError(f"num_classes is {self.config.num_classes}, so y {must} be given")
+        if omega is not None and not self.takes_omega:
+            raise ValueError("takes_omega is False, so omega must not be given")
         x = self.x_embedder(z).contiguous() + self.pos_embed  # (B, N, D); PatchEmbed leaves it transposed
         c = self.t_embedder(t) + self.h_embedder(h)  # (B, D)
         if y is not None:
             c = c + self.y_embedder.embedding_table(y)
+        if self.takes_omega:
+            c = c + self.embed_guidance(t, omega, t_start, t_end)
         c = c.unsqueeze(1)  # (B, 1, D)
         for block in self.blocks:
             x = self._gradient_checkpointing_func(block, x, c) if self.gradient_checkpointing else block(x, c)
         return self.unpatchify(self.final_layer(x, c))
+
+    def embed_guidance(self, t: Tensor, omega, t_start, t_end) -> Tensor:
+        """(B, D). As in arXiv:2512.02012, omega enters as 1 - 1 / omega."""
+        omega = torch.ones_like(t) if omega is None else omega
+        t_start = torch.zeros_like(t) if t_start is None else t_start
+        t_end = torch.ones_like(t) if t_end is None else t_end
+        return self.omega_embedder(1 - 1 / omega) + self.t_start_embedder(t_start) + self.t_end_embedder(t_end)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """(B, N, p * p * C) -> (B, C, *S); a token's features are ordered (row, column, channel), or (D, H, W, C)."""

@@ -10,7 +10,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-FREQUENCIES = 3  # pi / 2, pi and 2 pi: of higher ones du/dt would be mostly noise
+FREQUENCIES = 2  # pi / 2 and pi: of higher ones du/dt would be mostly noise
 
 
 class MLP(ModelMixin, ConfigMixin):

@@ -12,18 +12,28 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 
-def time_features(t: Tensor, h: Tensor, half: int) -> Tensor:
-    """Sines and cosines of t and h: (B,), (B,) -> (B, 4 * half), each time's sines first."""
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
-    angles = (time[:, None] * torch.exp(-math.log(10000.0) * exponent) for time in (t, h))
+def time_features(half: int, *times: Tensor) -> Tensor:
+    """Sines and cosines of n times, each (B,): (B, 2 * n * half), each time's sines first."""
+    exponent = torch.arange(half, dtype=torch.float32, device=times[0].device) / (half - 1)
+    angles = (time[:, None] * torch.exp(-math.log(10000.0) * exponent) for time in times)
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
 
 
-def check_inputs(net: ModelMixin, z: Tensor, y: Tensor | None) -> None:
+def guidance_features(half: int, t: Tensor, omega: Tensor | None, t_start: Tensor | None, t_end: Tensor | None):
+    """As time_features, of the CFG scale, as 1 - 1 / omega (arXiv:2512.02012), and the times in which guidance acts."""
+    omega = torch.ones_like(t) if omega is None else omega
+    t_start = torch.zeros_like(t) if t_start is None else t_start
+    t_end = torch.ones_like(t) if t_end is None else t_end
+    return time_features(half, 1 - 1 / omega, t_start, t_end)
+
+
+def check_inputs(net: ModelMixin, z: Tensor, y: Tensor | None, omega: Tensor | None) -> None:
     if z.shape[1:] != net.z_shape:
         raise ValueError(f"z must be (B, {', '.join(map(str, net.z_shape))}), got {tuple(z.shape)}")
     if (y is None) != (net.config.num_classes == 0):
         raise ValueError(f"num_classes is {net.config.num_classes}, so y must {'' if y is None else 'not '}be given")
+    if omega is not None and not net.takes_omega:
+        raise ValueError("takes_omega is False, so omega must not be given")
 
 
 class Conv(nn.Conv2d):
@@ -104,6 +114,7 @@ class UNetCifar(ModelMixin, ConfigMixin):
         num_blocks: residual blocks a level, one more on the way up.
         augment_dim: numbers that say how a sample was augmented; 0: none.
         num_classes: classes 0..num_classes - 1; num_classes itself is the null class. 0: unconditional, y is None.
+        takes_omega: whether it is told the CFG scale and the times in which guidance acts.
     Raises:
         ValueError: a size that does not divide, or a z of another shape.
     """
@@ -123,17 +134,20 @@ class UNetCifar(ModelMixin, ConfigMixin):
         dropout: float = 0.2,
         augment_dim: int = 0,
         num_classes: int = 0,
+        takes_omega: bool = False,
     ):
         super().__init__()
         if img_resolution % 2 ** (len(channel_mult) - 1):
             raise ValueError(f"img_resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times")
-        self.z_shape = (in_channels, img_resolution, img_resolution)
+        self.z_shape, self.takes_omega = (in_channels, img_resolution, img_resolution), takes_omega
         self.gradient_checkpointing = False  # diffusers' enable_gradient_checkpointing() sets it
         embedding_size = 4 * model_channels
         if augment_dim:
             self.map_augment = xavier(nn.Linear(augment_dim, embedding_size, bias=False))
         if num_classes:
             self.map_label = xavier(nn.Linear(num_classes, embedding_size, bias=False))
+        if takes_omega:
+            self.map_guidance = xavier(nn.Linear(6 * model_channels, embedding_size, bias=False))
         self.map_layer0 = xavier(nn.Linear(embedding_size, embedding_size))
         self.map_layer1 = xavier(nn.Linear(embedding_size, embedding_size))
 
@@ -166,16 +180,18 @@ class UNetCifar(ModelMixin, ConfigMixin):
         self.dec[f"{first}_aux_norm"] = group_norm(width)
         self.dec[f"{first}_aux_conv"] = Conv(width, out_channels, 3, gain=1e-5)
 
-    def forward(self, z: Tensor, t: Tensor, h: Tensor, y: Tensor | None = None, augment_labels: Tensor | None = None):
+    def forward(self, z, t, h, y=None, augment_labels=None, omega=None, t_start=None, t_end=None) -> Tensor:
         """The average velocity over [t - h, t], like z.
 
         Args:
             z: (B, C, H, W). t, h: (B,), in [0, 1].
             y: classes in [0, num_classes], (B,) int64.
             augment_labels: (B, augment_dim); None: the sample is as it was.
+            omega: with takes_omega the CFG scale, >= 1, (B,); None: 1, no guidance.
+            t_start, t_end: the times in which guidance acts, in [0, 1], (B,); None: 0 and 1.
         """
-        check_inputs(self, z, y)
-        embedding = self.embed(t, h, y, augment_labels)
+        check_inputs(self, z, y, omega)
+        embedding = self.embed(t, h, y, augment_labels, omega, t_start, t_end)
         run = self._gradient_checkpointing_func if self.gradient_checkpointing else UNetBlock.__call__
         skips, x = [], z
         for name, layer in self.enc.items():
@@ -188,11 +204,11 @@ class UNetCifar(ModelMixin, ConfigMixin):
             x = run(layer, x, embedding)
         return conv(F.silu(norm(x)))
 
-    def embed(self, t: Tensor, h: Tensor, y: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+    def embed(self, t, h, y, augment_labels, omega=None, t_start=None, t_end=None) -> Tensor:
         """(B, 4 * model_channels), in float32 under autocast too: du_dt sees this path's rounding amplified."""
         with torch.autocast(t.device.type, enabled=False):
             dtype = self.map_layer0.weight.dtype
-            x = time_features(t, h, self.config.model_channels).to(dtype)
+            x = time_features(self.config.model_channels, t, h).to(dtype)
             if augment_labels is not None:
                 if not self.config.augment_dim:
                     raise ValueError("augment_dim is 0, so augment_labels must not be given")
@@ -201,6 +217,9 @@ class UNetCifar(ModelMixin, ConfigMixin):
                 K = self.config.num_classes
                 one_hot = (y[:, None] == torch.arange(K, device=y.device)).to(dtype)  # of the null class: zeros
                 x = x + self.map_label(one_hot * math.sqrt(K))
+            if self.takes_omega:
+                features = guidance_features(self.config.model_channels, t, omega, t_start, t_end)
+                x = x + self.map_guidance(features.to(dtype))
             return F.silu(self.map_layer1(F.silu(self.map_layer0(x))))
 
 
@@ -212,6 +231,7 @@ class UNet(ModelMixin, ConfigMixin):
         block_out_channels: width of each level; multiples of 8, where attention is.
         attention: of each level, True if it has attention.
         num_classes: classes 0..num_classes - 1; num_classes itself is the null class. 0: unconditional, y is None.
+        takes_omega: whether it is told the CFG scale and the times in which guidance acts.
     Raises:
         ValueError: a size that does not divide, or a z of another shape.
     """
@@ -221,13 +241,21 @@ class UNet(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, input_size, in_channels, block_out_channels, attention, layers_per_block=2, dropout=0.0, num_classes=0
+        self,
+        input_size,
+        in_channels,
+        block_out_channels,
+        attention,
+        layers_per_block=2,
+        dropout=0.0,
+        num_classes=0,
+        takes_omega=False,
     ):
         super().__init__()
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         if len(size) != 2 or any(side % 2 ** (len(block_out_channels) - 1) for side in size):
             raise ValueError(f"input_size {input_size} is not (H, W) to be halved {len(block_out_channels) - 1} times")
-        self.z_shape = (in_channels, *size)
+        self.z_shape, self.takes_omega = (in_channels, *size), takes_omega
         sizes = {"in_channels": in_channels, "out_channels": in_channels, "layers_per_block": layers_per_block}
         self.unet = UNet2DModel(
             **sizes,
@@ -244,15 +272,20 @@ class UNet(ModelMixin, ConfigMixin):
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         if num_classes:
             self.y_embedder = nn.Embedding(num_classes + 1, width)
+        if takes_omega:
+            self.guidance_mlp = nn.Sequential(nn.Linear(384, width), nn.SiLU(), nn.Linear(width, width))
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
 
-    def forward(self, z: Tensor, t: Tensor, h: Tensor, y: Tensor | None = None) -> Tensor:
-        """The average velocity over [t - h, t], like z: (B, C, H, W); t, h: (B,); y: (B,) int64."""
-        check_inputs(self, z, y)
+    def forward(self, z, t, h, y=None, omega=None, t_start=None, t_end=None) -> Tensor:
+        """The average velocity over [t - h, t], like z: (B, C, H, W); arguments as for UNetCifar."""
+        check_inputs(self, z, y, omega)
         # In float32 under autocast too: du_dt sees this path's rounding amplified.
         with torch.autocast(t.device.type, enabled=False):
-            c = self.time_mlp(time_features(t, h, 64).to(self.time_mlp[0].weight.dtype))
+            dtype = self.time_mlp[0].weight.dtype
+            c = self.time_mlp(time_features(64, t, h).to(dtype))
+            if self.takes_omega:
+                c = c + self.guidance_mlp(guidance_features(64, t, omega, t_start, t_end).to(dtype))
         if y is not None:
             c = c + self.y_embedder(y)
         return self.unet(z, t.new_zeros(()), class_labels=c).sample  # a number would be copied to the device

@@ -17,19 +17,20 @@ RECIPE = TrainConfig(
     data="ring",
     class_conditional=False,
     model="MLP",
+    net={"hidden_size": 128, "depth": 6},
     objective=MeanFlowConfig(
         meanflow_ratio=0.5,
         time_sampler="v1",
         P_mean=0.4,
         P_std=1.6,
-        P_mean_r=-2.5,
+        P_mean_r=-4.0,
         P_std_r=1.6,
         norm_p=0.0,  # of two numbers, the weight would take the mode of the velocity for its mean
         class_dropout_prob=0.0,
     ),
-    steps=2500,
+    steps=2800,
     global_batch=512,
-    lr=1e-3,
+    lr=2e-3,
     betas=(0.9, 0.99),
     schedule="cosine",
     warmup_steps=100,
@@ -37,8 +38,8 @@ RECIPE = TrainConfig(
     ema_decay=(0.998,),
     workers=1,
     log_every=100,
-    checkpoint_every=1250,
-    sample_every=1250,
+    checkpoint_every=1400,
+    sample_every=1400,
 )
 
 

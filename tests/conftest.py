@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from meanflow.objectives.base import Batch
 from models.dit import DiT
+from models.imf import IMF
 from models.unet import UNet, UNetCifar
 
 
@@ -144,6 +145,13 @@ ZOO = {
     # 16 x 16, where it has attention on the way down and up.
     "UNet-cifar": partial(zoo, partial(UNetCifar, 16, 3, 3, 16, (1, 2), 1, 0.2, 6)),
 }  # name: a constructor
+# Networks that are told the CFG scale.
+TOLD = {
+    "iMF": partial(zoo, partial(IMF, 4, 2, 3, 32, 3, 2, aux_head_depth=2)),
+    "DiT, omega": partial(zoo, partial(DiT, 4, 2, 3, 32, 2, 2, takes_omega=True)),
+    "UNet, omega": partial(zoo, partial(UNet, 8, 3, (16, 32), (False, True), 1, takes_omega=True)),
+    "UNet-cifar, omega": partial(zoo, partial(UNetCifar, 8, 3, 3, 16, (1, 1), 1, 0.0, takes_omega=True)),
+}
 
 
 def save_photos(folder: Path, count: int) -> None:
@@ -203,6 +211,13 @@ def golden_net(golden: dict[str, Tensor]) -> DiT:
     net.to(golden["fwd.t"].device)
     net.load_state_dict({name[2:]: value for name, value in golden.items() if name.startswith("w.")})
     return net
+
+
+def imf_weights(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the golden improved MeanFlow by the names of models/imf.py, whose MLP is timm's."""
+    for old, new in {"mlp.w1": "mlp.fc1_g", "mlp.w3": "mlp.fc1_x", "mlp.w2": "mlp.fc2"}.items():
+        official = {name.replace(old, new): value for name, value in official.items()}
+    return official
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmark import Sample, Step, Ways, build, count_bytes, count_flops, profile_step, sampling
+from tools.benchmark import Improved, Sample, Step, Ways, build, count_bytes, count_flops, profile_step, sampling
+from tools.benchmark_improved import improved
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,3 +109,13 @@ def test_sampling_is_compared_with_the_bare_forward(vae):
     sizes = {"hidden_size": 64, "depth": 2, "num_heads": 2, "batch": (2,), "vae": str(vae), "repeats": 3}
     bare, one_step, decoded = sampling(Sample(**sizes))
     assert bare["ratio"] == 1 and decoded["ratio"] > one_step["ratio"] > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.apart
+@pytest.mark.parametrize("model", ["iMF-B/2", "iMF-XL/2"])
+def test_a_step_of_improved_meanflow_costs_less_than_the_official_scheme(model):
+    """At least 1.25 times fewer FLOPs at ratio 0.5, in full size, padding included."""
+    ours, official, port = improved(Improved(models=(model,)))
+    assert official["ratio"] >= 1.25 and port["ratio"] >= 1.2
+    assert ours["flops"] > 0

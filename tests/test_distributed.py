@@ -300,19 +300,51 @@ ON_CPU = """if True:  # accelerate turns FSDP on only for accelerators; everythi
 """
 
 
-def test_two_processes_and_two_shards_train_the_same_unet(tmp_path):
-    """As one process; augmented, and with guidance."""
-    sizes = {"model_channels": 16, "num_blocks": 1, "dropout": 0.0, "augment_dim": 6}
-    flags = [*DIGITS, "--model", "UNet-cifar", "--net", *(str(word) for size in sizes.items() for word in size)]
-    flags += ["--augment", "0.5", "--objective.kappa", "0.5", "--steps", "5", "--lr", RATE, "--checkpoint-every", "1"]
-    flags += ["--keep", "9", "--init-from", str(save_weights("UNet-cifar", tmp_path / "weights", 0.05, **sizes))]
-    for launch, out in ((ONE, "one"), (TWO, "two"), (on_cpu(tmp_path), "sharded")):
-        finish(start(*launch, *flags, "--out", str(tmp_path / out)))
-    for out in ("two", "sharded"):
+CIFAR = {"model_channels": 16, "num_blocks": 1, "dropout": 0.0}
+IMPROVED = ["--objective.meanflow-ratio", "0.5", "--objective.guidance-scale", "3"]
+# A recipe, its network's name and sizes, and further flags.
+NETWORKS = {
+    "UNet-cifar": (
+        "digits_dit", "UNet-cifar", {**CIFAR, "augment_dim": 6}, ["--augment", "0.5", "--objective.kappa", "0.5"],
+    ),
+    "iMF": ("imf", "iMF-B/2", {"depth": 3, "hidden_size": 32, "num_heads": 2, "aux_head_depth": 2}, IMPROVED),
+    "DiT, omega": ("imf", "DiT-XS/4", {"takes_omega": 1}, IMPROVED),
+    "UNet, omega": ("imf", "UNet-cifar", {**CIFAR, "takes_omega": 1}, IMPROVED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_processes_shards_and_accumulation_train_the_same_network(name, tmp_path):
+    """As one process; with guidance, and augmented where the network takes it."""
+    recipe, model, sizes, flags = NETWORKS[name]
+    if recipe == "imf":
+        (tmp_path / "imf.py").write_text(IMF)
+    words = [str(tmp_path / "imf.py"), *DIGITS[3:]] if recipe == "imf" else DIGITS
+    flags = [*words, "--model", model, "--net", *(str(word) for size in sizes.items() for word in size), *flags]
+    flags += ["--steps", "5", "--lr", RATE, "--checkpoint-every", "1", "--keep", "9"]
+    flags += ["--init-from", str(save_weights(model, tmp_path / "weights", 0.05, **sizes))]
+    ways = {"one": ONE, "two": TWO, "sharded": on_cpu(tmp_path), "accumulated": TWO}
+    for out, launch in ways.items():
+        more = ["--accumulation-steps", "2"] if out == "accumulated" else []
+        finish(start(*launch, *flags, *more, "--out", str(tmp_path / out)))
+    for out in ("two", "sharded", "accumulated"):
         first = apart(tmp_path / "one/step-00000001", tmp_path / out / "step-00000001")
         last = apart(tmp_path / "one/step-00000005", tmp_path / out / "step-00000005")
         print(out, first, last)
         assert first["gradient"] < 1e-6 and last["model"] < 1e-6 and last["ema/0.95"] < 1e-6
+
+
+# A recipe of improved MeanFlow that names no sizes.
+IMF = """
+import sys
+sys.path.insert(0, ".")
+from dataclasses import replace
+
+from meanflow import run
+from recipes.digits_cfg import RECIPE
+
+run(replace(RECIPE, net={}))
+"""
 
 
 def on_cpu(folder: Path) -> list[str]:

@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from conftest import perturbed
 from PIL import Image
 
-from meanflow.config import MeanFlowConfig
+from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig, TrainConfig
 from meanflow.noise import noise
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.publishing.checkpoints import load_network, load_pipeline
 from meanflow.publishing.export import export
 from meanflow.sampler import average_velocity, sample
+from meanflow.training.trainer import Trainer
+from models import MODELS
 
 ROOT = Path(__file__).parents[1]
 
@@ -151,6 +155,55 @@ def test_bad_input_ends_with_one_line(checkpoint, flags, message, digits_run, br
     shown = tool("sample", source, *flags, *out)
     assert re.search(message, shown), shown
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.fixture(scope="module")
+def told_run(tmp_path_factory) -> Path:
+    """A run whose network is told the CFG scale, with pipeline/ in it; its network is no fresh one."""
+    folder = tmp_path_factory.mktemp("told")
+    torch.manual_seed(0)
+    net = MODELS["DiT-XS/4"](input_size=8, in_channels=1, num_classes=10, takes_omega=True)
+    perturbed(net, 0.05).save_pretrained(folder / "net")
+    recipe = TrainConfig(
+        out=folder / "run", model="DiT-XS/4", net={"takes_omega": 1}, steps=1, global_batch=16, ema_decay=(0.9,),
+        init_from=str(folder / "net"), objective=ImprovedMeanFlowConfig(),
+    )  # fmt: skip
+    Trainer(recipe).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return recipe.out
+
+
+def test_several_scales_make_a_strip_of_the_same_noise(told_run, tool, tmp_path):
+    """A row for each scale, each of them the picture that the scale alone gives."""
+    flags = ("--classes", 3, 7, 5)
+    assert "9 images" in tool("sample", told_run, *flags, "--cfg-scale", 1, 4, 6, "--out", tmp_path / "x.png")
+    strip = np.asarray(Image.open(tmp_path / "x.png").convert("L"))
+    assert strip.shape == (3 * 34 + 2, 3 * 34 + 2)
+    rows = []
+    for row, scale in enumerate((1, 4, 6)):
+        tool("sample", told_run, *flags, "--num-images", 3, "--cfg-scale", scale, "--out", tmp_path / f"{scale}.png")
+        rows.append(np.asarray(Image.open(tmp_path / f"{scale}.png").convert("L"))[2:34])
+        assert (strip[2 + 34 * row :][:32] == rows[-1]).all()
+    assert (rows[0] != rows[1]).any() and (rows[1] != rows[2]).any()
+
+
+def test_scales_and_intervals_that_cannot_be_end_with_one_line(told_run, digits_run, tool, caplog, tmp_path):
+    out = ("--out", tmp_path / "x.png")
+    assert "scale 0.5 must be >= 1" in tool("sample", told_run, "--cfg-scale", 0.5, *out)
+    assert "start <= end <= 1, got 0.7 0.3" in tool("sample", told_run, "--cfg-interval", 0.7, 0.3, *out)
+    assert "networks that are told the CFG scale" in tool("sample", digits_run, "--cfg-interval", 0.3, 0.7, *out)
+    strip = tool("sample", told_run, "--cfg-scale", 1, 2, "--out", tmp_path / "x.npz")
+    assert "out must be x.png with several --cfg-scale" in strip
+    assert not (tmp_path / "x.png").exists() and not (tmp_path / "x.npz").exists()
+    assert "1 images" in tool("sample", told_run, "--cfg-scale", 10.5, "--num-images", 1, *out)
+    assert caplog.text.count("guidance_scale 10.5 is outside of what was trained, 1 to 8") == 1
+
+
+def test_card_of_a_network_that_is_told_the_scale_shows_the_strip(told_run):
+    card = (told_run / "pipeline/README.md").read_text()
+    assert "](scales.png)" in card and "One row for each CFG scale: 1, 2, 4, 6" in card
+    assert Image.open(told_run / "pipeline/scales.png").size == (10 * 34 + 2, 4 * 34 + 2)
+    assert "at any CFG scale, trained from 1 to 8, by default 2 for t in [0, 1]" in card
 
 
 def test_flow_matching_and_guided_checkpoints_say_what_they_are(digits_run, tool, tmp_path):

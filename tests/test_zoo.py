@@ -9,21 +9,38 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from meanflow.config import MeanFlowConfig, TrainConfig
+from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig, TrainConfig
 from meanflow.data.sources import load_data
 from meanflow.noise import generator
 from meanflow.publishing.checkpoints import checkpoints, load_pipeline
 from meanflow.training.log import read_log
 from meanflow.training.trainer import Trainer
 
+IMPROVED = ImprovedMeanFlowConfig(guidance_interval=(0.2, 0.9))
 RECIPES = {
-    "UNet-digits": {"net": {"block_out_channels": (16, 16), "dropout": 0.2}},
+    "UNet": {"model": "UNet-digits", "net": {"block_out_channels": (16, 16), "dropout": 0.2}},
     "UNet-cifar": {
+        "model": "UNet-cifar",
         "net": {"model_channels": 16, "num_blocks": 1, "channel_mult": (1, 1), "augment_dim": 6, "dropout": 0.2},
         "augment": 0.5,
         "objective": MeanFlowConfig(0.75, kappa=0.5),
     },
-    "DiT-XS/4": {"data": "shapes", "objective": MeanFlowConfig(prediction="x", channel_weights="inverse-variance")},
+    "DiT": {
+        "model": "DiT-XS/4",
+        "data": "shapes",
+        "objective": MeanFlowConfig(prediction="x", channel_weights="inverse-variance"),
+    },
+    "iMF": {
+        "model": "iMF-B/2",
+        "net": {"depth": 3, "hidden_size": 32, "num_heads": 2, "aux_head_depth": 2},
+        "objective": IMPROVED,
+    },
+    "DiT, omega": {"model": "DiT-XS/4", "net": {"takes_omega": 1}, "objective": IMPROVED},
+    "UNet, omega": {
+        "model": "UNet-digits",
+        "net": {"block_out_channels": (16, 16), "dropout": 0.2, "takes_omega": 1},
+        "objective": replace(IMPROVED, prediction="x"),
+    },
 }
 
 
@@ -32,11 +49,11 @@ def train(recipe: TrainConfig) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("model", RECIPES)
-def test_network_trains_resumes_bit_for_bit_and_is_sampled_the_same_from_everywhere(model, hub, tool, tmp_path):
+@pytest.mark.parametrize("name", RECIPES)
+def test_network_trains_resumes_bit_for_bit_and_is_sampled_the_same_from_everywhere(name, hub, tool, tmp_path):
     """With dropout, whose masks a resumed run draws again."""
-    options = {"model": model, "steps": 4, "global_batch": 8, "checkpoint_every": 2, "ema_decay": (0.5,), "lr": 1e-2}
-    recipe = TrainConfig(out=tmp_path / "run", **{**options, **RECIPES[model]})
+    options = {"steps": 4, "global_batch": 8, "checkpoint_every": 2, "ema_decay": (0.5,), "lr": 1e-2}
+    recipe = TrainConfig(out=tmp_path / "run", **options, **RECIPES[name])
     train(recipe)
     last = checkpoints(recipe.out)[-1]
     before = {path: load_file(path) for path in last.rglob("*.safetensors")}
@@ -45,13 +62,13 @@ def test_network_trains_resumes_bit_for_bit_and_is_sampled_the_same_from_everywh
     train(recipe)
     for path, values in before.items():
         again = load_file(path)
-        assert all(torch.equal(again[name], value) for name, value in values.items()), path
+        assert all(torch.equal(again[weight], value) for weight, value in values.items()), path
 
     volumes = recipe.data == "shapes"
-    name = "out" if volumes else "out.npz"
+    kind = "out" if volumes else "out.npz"
     tool("push_to_hub", recipe.out, "user/net")
     for number, source in enumerate((recipe.out, last, recipe.out / "pipeline", "user/net")):
-        tool("sample", source, "--num-images", 4, "--seed", 3, "--out", tmp_path / f"{number}{name}")
+        tool("sample", source, "--num-images", 4, "--seed", 3, "--out", tmp_path / f"{number}{kind}")
     pipe = DiffusionPipeline.from_pretrained(recipe.out / "pipeline", trust_remote_code=True)
     assert "models" not in type(pipe.net).__module__
     y = None if volumes else [0, 1, 2, 3]
@@ -69,19 +86,19 @@ def test_network_trains_resumes_bit_for_bit_and_is_sampled_the_same_from_everywh
         return
     assert images.shape == (4, 8, 8, 1)
     for number in range(4):
-        assert (np.load(tmp_path / f"{number}{name}")["arr_0"] == (images * 255).round().astype(np.uint8)).all()
+        assert (np.load(tmp_path / f"{number}{kind}")["arr_0"] == (images * 255).round().astype(np.uint8)).all()
 
 
-@pytest.mark.parametrize("model", RECIPES)
-def test_checkpointed_activations_train_the_same_network(model, tmp_path):
+@pytest.mark.parametrize("name", RECIPES)
+def test_checkpointed_activations_train_the_same_network(name, tmp_path):
     """Not resumed from: with dropout, two forwards and a recomputation have to draw the same masks."""
-    options = {"model": model, "steps": 2, "global_batch": 8, "ema_decay": (0.5,), "lr": 1e-2}
-    recipe = TrainConfig(out=tmp_path / "kept", **{**options, **RECIPES[model]})
+    options = {"steps": 2, "global_batch": 8, "ema_decay": (0.5,), "lr": 1e-2}
+    recipe = TrainConfig(out=tmp_path / "kept", **options, **RECIPES[name])
     train(recipe)
     train(replace(recipe, out=tmp_path / "again", activation_checkpointing=True))
     a, b = (load_pipeline(tmp_path / name).net.state_dict() for name in ("kept", "again"))
-    for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-6)
+    for weight, value in a.items():
+        torch.testing.assert_close(b[weight], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,10 @@ class Options:
     labels: Literal["balanced", "random"] = "balanced"
     """balanced: the classes in turn; random: drawn. On ImageNet they differ by some 0.1 in FID"""
     cfg_scale: tuple[float, ...] = ()
-    """classifier-free guidance while sampling, two evaluations a step; several with --compare; default: what was
-    trained in, if anything"""
+    """a network that is told the CFG scale is told this; with another one: classifier-free guidance while sampling, two
+    evaluations a step. Several with --compare; default: the checkpoint's, or what was trained in, if anything"""
+    cfg_interval: tuple[float, float] | None = None
+    """the times in which guidance acts, of a network that is told them; default: the checkpoint's"""
     num_steps: int | None = None
     """default: meanflow 1, euler 50, heun 25, rk4 12"""
     solver: Literal["meanflow", "euler", "heun", "rk4"] | None = None
@@ -214,6 +216,7 @@ class Evaluator:
             seeds = (generator(self.options.seed, index, "label") for index in indices)
             y = [int(torch.randint(classes, (), generator=random)) for random in seeds]
         noise, how = self.pipe.noise(self.options.seed, indices), {"solver": solver, "guidance_scale": scale}
+        how["guidance_interval"] = self.options.cfg_interval
         z = self.pipe(y, len(indices), steps, latents=noise, output_type="latent", **how).images
         return self.describe(None, z)
 
@@ -228,6 +231,7 @@ class Evaluator:
         is_doubled = scale not in (None, 1.0) and self.pipe.sampling.guidance_scale is None
         sampling = {"solver": solver, "num_steps": steps, "evaluations": steps * factor * (1 + is_doubled)}
         sampling |= {"cfg_scale": scale, "guidance": self.pipe.sampling.guidance}
+        sampling |= {"cfg_interval": self.options.cfg_interval} if self.options.cfg_interval else {}
         settings = {**self.settings, **sampling}
         name = f"{solver}-{steps}{f'-cfg{scale:g}' if scale else ''}"
         own = Features(self.out / f"{name}-{digest(settings)}", self.count, self.options.batch_size)
@@ -334,13 +338,13 @@ def choices(evaluator: Evaluator) -> list[tuple[str, int, float | None]]:
     options, pipe = evaluator.options, evaluator.pipe
     if not options.compare:
         solver, scale = options.solver or pipe.sampling.solver, next(iter(options.cfg_scale), None)
-        pipe.check_choice(solver, scale)
+        pipe.check_choice(solver, scale, options.cfg_interval)
         return [(solver, options.num_steps or STEPS[solver], scale)]
     found, left_out = [], {}
     for scale in options.cfg_scale or (None,):
         for solver, steps in COMPARED:
             try:
-                pipe.check_choice(solver, scale)
+                pipe.check_choice(solver, scale, options.cfg_interval)
             except ValueError as error:
                 left_out[solver, scale] = error
             else:

@@ -2,6 +2,7 @@
 
     python tools/sample.py runs/digits --classes 3 7 --out grid.png
     python tools/sample.py user/ditxl --classes "golden retriever" 360 --num-images 8 --out images/
+    python tools/sample.py runs/digits-cfg --cfg-scale 1 2 4 6 --out scales.png
     python tools/sample.py runs/mine --cond angle 0 0.5 1.0 --trust-remote-code --out grid.png
     accelerate launch -q tools/sample.py runs/ditxl --num-images 50000 --dtype bf16 --out samples.npz
 
@@ -17,6 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -42,9 +44,13 @@ class Options:
     """NAME VALUE...: a further condition of the network; with n values image k has number k modulo n; a vector is
     written with commas: 0.1,0.2. May be given several times"""
     num_images: int | None = None
-    """default: 64, or 8 of each of --classes"""
-    cfg_scale: float | None = None
-    """classifier-free guidance while sampling, two evaluations a step; default: what was trained in, if anything"""
+    """default: 64, or 8 of each of --classes; with several --cfg-scale images of each: one of each class"""
+    cfg_scale: tuple[float, ...] = ()
+    """a network that is told the CFG scale is told this, at no cost; with another one: classifier-free guidance while
+    sampling, two evaluations a step. Several: x.png has a row for each, of the same noise. Default: the checkpoint's
+    own, or what was trained in, if anything"""
+    cfg_interval: tuple[float, float] | None = None
+    """the times in which guidance acts, of a network that is told them, such as 0.42 0.62; default: the checkpoint's"""
     num_steps: int | None = None
     """default: meanflow 1, euler 50, heun 25, rk4 12"""
     solver: Literal["meanflow", "euler", "heun", "rk4"] | None = None
@@ -74,6 +80,8 @@ class Options:
             check(value is None or value <= most, name, value, f"at most {most:,}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+        is_strip = len(self.cfg_scale) > 1
+        check(not is_strip or self.out.suffix == ".png", "out", self.out, "x.png with several --cfg-scale")
         if self.out.suffix == ".png" and (self.num_images or 0) > PICTURE:
             raise ValueError(f"num_images must be <= {PICTURE} in one picture, got {self.num_images}: name a folder")
         object.__setattr__(self, "out", self.out.expanduser())
@@ -229,6 +237,7 @@ def main(options: Options) -> None:
     is_folder = options.out.suffix not in (".png", ".npz")
     check_writable(options.out, is_folder)
 
+    import numpy as np
     import torch
     from accelerate import Accelerator
     from accelerate.utils import gather_object
@@ -243,9 +252,16 @@ def main(options: Options) -> None:
     device = find_device(options, accelerator)
     pipe = load_pipeline(options.checkpoint, options.ema, options.variant, options.revision, options.trust_remote_code)
     solver = options.solver or pipe.sampling.solver
-    pipe.check_choice(solver, options.cfg_scale)
+    scales = options.cfg_scale or (None,)
+    for scale in scales:
+        pipe.check_choice(solver, scale, options.cfg_interval)
     volumes = len(pipe.shape) == 4
-    count = options.num_images or (8 * len(options.classes) or 64)
+    if len(scales) > 1:
+        per_scale = options.num_images or len(options.classes) or min(pipe.num_classes, 16) or 8
+    else:
+        per_scale = options.num_images or (8 * len(options.classes) or 64)
+    count = per_scale * len(scales)
+    check(options.out.suffix != ".png" or count <= PICTURE, "num_images", count, f"at most {PICTURE} in one picture")
     if volumes and options.out.suffix == ".npz":
         raise ValueError(f"out must be a folder or x.png for volumes, got {options.out}")
     if options.classes and not pipe.num_classes:
@@ -262,16 +278,23 @@ def main(options: Options) -> None:
     cast(pipe, None if options.dtype == "fp32" else options.dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(indices: range):
+    def draw(numbers: range):
+        """The images of these numbers; each scale has the same noise."""
+        rows = groupby(numbers, lambda number: number // per_scale)
+        return np.concatenate([draw_at(scales[row], [number % per_scale for number in part]) for row, part in rows])
+
+    def draw_at(scale: float | None, indices: list[int]):
         y = [classes[index % len(classes)] for index in indices] if classes else None
         rows = {name: torch.stack([values[index % len(values)] for index in indices]) for name, values in cond.items()}
-        how = {"num_inference_steps": steps, "guidance_scale": options.cfg_scale, "solver": solver, "cond": rows}
+        how = {"num_inference_steps": steps, "solver": solver, "cond": rows}
+        how |= {"guidance_scale": scale, "guidance_interval": options.cfg_interval}
         with conditions_named(rows):
             images = pipe(y, len(indices), latents=pipe.noise(options.seed, indices), output_type="np", **how).images
         return images if volumes else (images * 255).round().astype("uint8")
 
     writer = {".png": grid, ".npz": npz}.get(options.out.suffix, folder)
-    columns = [1 if volumes else len(classes) if 1 < len(classes) <= 16 else 8] if writer is grid else []
+    usual = 1 if volumes else len(classes) if 1 < len(classes) <= 16 else 8
+    columns = [per_scale if len(scales) > 1 else usual] if writer is grid else []
     bar = tqdm(total=count, unit="image", disable=not accelerator.is_main_process)
     start = time.perf_counter()
     with writer(options.out, count, *columns) if accelerator.is_main_process or is_folder else nullcontext() as write:

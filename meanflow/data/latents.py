@@ -16,11 +16,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from meanflow.config import check
 from meanflow.data.base import Data
 from meanflow.data.vae import decode, encode, fingerprint, latent_shape, load_vae, vae_metadata
 from meanflow.files import checksum, ensure, errors_as, read_json
 
 LATENTS = "latents.json"
+# Each channel's mean and standard deviation in the official code of improved MeanFlow (arXiv:2512.02012): of latents of
+# ImageNet by Stable Diffusion's VAE, before any scaling.
+IMF_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
+IMF_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 
 
 def is_cache(folder: Path) -> bool:
@@ -72,6 +77,14 @@ def check_expected(folder: Path, metadata: dict, recipe) -> None:
     diff = ", ".join(f"{name} {metadata[name]} there, {getattr(recipe, name)} here" for name in wrong)
     flags = " ".join(f"--{name.replace('_', '-')} {metadata[name]}" for name in wrong)
     ensure(not wrong, f"{folder} holds latents of other settings ({diff}): make them anew, or say {flags}")
+
+
+def model_units(recipe, shift_factor: float | None, channels: int) -> tuple:
+    """The shift and scale of latents that do not depend on a cache's statistics."""
+    if recipe.normalization == "scale":
+        return shift_factor or 0.0, recipe.scaling_factor
+    check(channels == len(IMF_MEAN), "normalization", "imf", f"another one for latents of {channels} channels")
+    return list(IMF_MEAN), [1 / std for std in IMF_STD]
 
 
 class LatentSpace(Data):
@@ -131,7 +144,7 @@ class Latents(LatentSpace):
             if recipe.normalization == "channel":
                 shift, scale = metadata["channel_mean"], [1 / std for std in metadata["channel_std"]]
             else:
-                shift, scale = metadata["shift_factor"] or 0.0, metadata["scaling_factor"]
+                shift, scale = model_units(recipe, metadata["shift_factor"], self.shape[0])
         super().__init__({**metadata, "normalization": recipe.normalization}, shift, scale, recipe.vae)
         self.moments, labels = [], []
         for shard in self.shards:
@@ -185,11 +198,13 @@ class EncodedImages(LatentSpace):
         if recipe.normalization == "channel":
             raise ValueError("normalization must be scale without a cache, which has the statistics, got channel")
         vae = load_vae(recipe.vae)
-        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-        if scale != recipe.scaling_factor:
-            raise ValueError(f"scaling_factor must be that of {recipe.vae}, {scale}, got {recipe.scaling_factor}")
+        factor = vae.config.scaling_factor
+        check(
+            factor == recipe.scaling_factor, "scaling_factor", recipe.scaling_factor, f"that of {recipe.vae}, {factor}"
+        )
         self.images, self.num_classes = images, images.num_classes
         self.shape = latent_shape(vae, recipe.resolution)
+        shift, scale = model_units(recipe, vae.config.shift_factor, self.shape[0])
         metadata = {**images.metadata, **vae_metadata(vae, recipe.vae), "normalization": recipe.normalization}
         super().__init__(metadata, shift, scale, vae)
 

@@ -38,9 +38,11 @@ class Sampling(NamedTuple):
     t_min: float = 0.05  # with prediction x: u = (z - x) / max(t, t_min)
     solver: str = "meanflow"  # the default: meanflow, or euler where only u(z, t, t) was trained
     num_inference_steps: int = 1
-    guidance_scale: float | None = None  # the CFG scale that is trained in
+    guidance_scale: float | None = None  # the CFG scale that is trained in, or the default of those that can be chosen
     null_class: str | None = None  # where the null class was trained: "any" interval, "flow" (r = t), None (nowhere)
     guidance: str = "none trained in"  # the guidance that is trained in, in words
+    guidance_range: tuple[float, float] | None = None  # the CFG scales that were trained, of a network that takes them
+    guidance_interval: tuple[float, float] | None = None  # the default of the times in which guidance acts, likewise
 
 
 class Objective(nn.Module):

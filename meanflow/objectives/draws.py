@@ -6,7 +6,7 @@ samples that the run will ever see. So they depend neither on the device nor on 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from statistics import NormalDist
 
@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meanflow.config import MeanFlowConfig
+from meanflow.config import MeanFlowConfig, VelocityConfig
 from meanflow.noise import generator
 from meanflow.objectives.guidance import GuidedRows
+from meanflow.sampler import Cond
 
 
 def can_look_at(x: Tensor) -> bool:
@@ -34,6 +35,7 @@ class Draws:
         drop: which labels become the null class, (B,) bool.
         guided: what guidance evaluates. If None, the objective finds it itself, which forces a host sync on an
             accelerator.
+        cond: conditions of the network that are drawn, too, each (B, ...).
     Raises:
         ValueError: a shape, a dtype or, on the CPU, a time is wrong.
     """
@@ -43,6 +45,7 @@ class Draws:
     r: Tensor
     drop: Tensor
     guided: GuidedRows | None = None
+    cond: Cond = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         batch = self.e.shape[:1]
@@ -61,7 +64,8 @@ class Draws:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Draws":
         e, t, r, drop = map(fn, (self.e, self.t, self.r, self.drop))
-        return Draws(e, t, r, drop, self.guided and GuidedRows(*map(fn, self.guided)))
+        cond = {name: fn(values) for name, values in self.cond.items()}
+        return Draws(e, t, r, drop, self.guided and GuidedRows(*map(fn, self.guided)), cond)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Draws":
         return self.map(lambda x: x.to(device, non_blocking=non_blocking))
@@ -71,18 +75,18 @@ class Draws:
         return self.map(Tensor.pin_memory)
 
 
-def num_meanflow(config: MeanFlowConfig, batch: int) -> int:
+def num_meanflow(config: VelocityConfig, batch: int) -> int:
     """How many of `batch` samples have r != t: an exact count."""
     return round(batch * config.meanflow_ratio)
 
 
-def has_interval(config: MeanFlowConfig, slots: Sequence[int], global_batch: int) -> Tensor:
+def has_interval(config: VelocityConfig, slots: Sequence[int], global_batch: int) -> Tensor:
     """Which slots have r != t, (B,) bool; every global batch has exactly num_meanflow of them, evenly spread."""
     k, j = num_meanflow(config, global_batch), torch.tensor(slots) % global_batch
     return (j + 1) * k // global_batch > j * k // global_batch
 
 
-def order_slots(config: MeanFlowConfig, slots: Sequence[int], global_batch: int) -> list[int]:
+def order_slots(config: VelocityConfig, slots: Sequence[int], global_batch: int) -> list[int]:
     """The slots of a micro-batch with the r != t ones first.
 
     Raises:
@@ -97,14 +101,14 @@ def order_slots(config: MeanFlowConfig, slots: Sequence[int], global_batch: int)
     return torch.cat([slots[interval], slots[~interval]]).tolist()
 
 
-def logit_laws(config: MeanFlowConfig) -> list[tuple[float, float]]:
+def logit_laws(config: VelocityConfig) -> list[tuple[float, float]]:
     """Mean and standard deviation of the two normal logits that times are made of."""
     P_mean_r = config.P_mean if config.P_mean_r is None else config.P_mean_r
     P_std_r = config.P_std if config.P_std_r is None else config.P_std_r
     return [(config.P_mean, config.P_std), (P_mean_r, P_std_r)]
 
 
-def sample_times(config: MeanFlowConfig, normals: Tensor, interval: Tensor) -> tuple[Tensor, Tensor]:
+def sample_times(config: VelocityConfig, normals: Tensor, interval: Tensor) -> tuple[Tensor, Tensor]:
     """t and r, (B,), from standard normal numbers (B, 2) and the rows that keep r != t, (B,) bool.
 
     v0, arXiv:2505.13447 sec. 4.3: t and r are the maximum and the minimum of two logit-normals. v1, the authors'
@@ -121,15 +125,15 @@ def sample_times(config: MeanFlowConfig, normals: Tensor, interval: Tensor) -> t
     return t, torch.where(interval, torch.minimum(t, r), t)
 
 
-def drop_labels(config: MeanFlowConfig, uniform: Tensor, interval: Tensor) -> Tensor:
+def drop_labels(config: VelocityConfig, uniform: Tensor, interval: Tensor) -> Tensor:
     """Which labels to drop, (B,) bool, from uniform numbers (B,); with null_class "flow" none of the r != t rows."""
     if config.null_class == "independent" or config.class_dropout_prob == 0:
         return uniform < config.class_dropout_prob
     return ~interval & (uniform < config.class_dropout_prob / (1 - config.meanflow_ratio))
 
 
-def make_draws(config: MeanFlowConfig, shape: tuple, seed: int, slots: Sequence[int], global_batch=None) -> Draws:
-    """The draws of these slots: a pure function.
+def draw_slots(config: VelocityConfig, shape: tuple, seed: int, slots: Sequence[int], global_batch=None) -> Draws:
+    """The noise, times and dropped labels of these slots: a pure function.
 
     Args:
         shape: of one sample, (C, *S).
@@ -151,8 +155,31 @@ def make_draws(config: MeanFlowConfig, shape: tuple, seed: int, slots: Sequence[
         e[row].normal_(generator=random)
     interval = has_interval(config, slots, global_batch)
     t, r = (time.float() for time in sample_times(config, normals, interval))
-    drop = drop_labels(config, uniform, interval)
-    return Draws(e, t, r, drop, guided_rows(config, t, drop) if config.guided else None)
+    return Draws(e, t, r, drop_labels(config, uniform, interval))
+
+
+def make_draws(config: MeanFlowConfig, shape: tuple, seed: int, slots: Sequence[int], global_batch=None) -> Draws:
+    """As draw_slots, with the rows that guidance changes."""
+    draws = draw_slots(config, shape, seed, slots, global_batch)
+    return replace(draws, guided=guided_rows(config, draws.t, draws.drop)) if config.guided else draws
+
+
+def below(config: VelocityConfig, time: float) -> float:
+    """The probability that t <= time."""
+    if time in (0.0, 1.0):
+        return time
+    if config.time_sampler == "uniform":
+        return time**2
+    chances = [NormalDist(*law).cdf(math.log(time / (1 - time))) for law in logit_laws(config)]
+    return chances[0] if config.time_sampler == "v1" else math.prod(chances)
+
+
+def kept_shares(config: VelocityConfig) -> tuple[float, float]:
+    """The share of the labels that are kept, of r != t samples and of r = t ones."""
+    dropped = config.class_dropout_prob
+    if config.null_class == "flow":
+        return 1.0, 1 - dropped / max(dropped, 1 - config.meanflow_ratio)
+    return 1 - dropped, 1 - dropped
 
 
 def num_predictions(config: MeanFlowConfig, batch: int) -> int:
@@ -161,22 +188,8 @@ def num_predictions(config: MeanFlowConfig, batch: int) -> int:
     At most 1 of 2,000 micro-batches needs more; it gets the most that there can be. A guided row needs one prediction,
     and a guided r != t row a second one, if kappa > 0.
     """
-
-    def below(time: float) -> float:
-        """The probability that t <= time."""
-        if time in (0.0, 1.0):
-            return time
-        if config.time_sampler == "uniform":
-            return time**2
-        chances = [NormalDist(*law).cdf(math.log(time / (1 - time))) for law in logit_laws(config)]
-        return chances[0] if config.time_sampler == "v1" else math.prod(chances)
-
-    k, in_window = num_meanflow(config, batch), below(config.t_end) - below(config.t_start)
-    dropped = config.class_dropout_prob
-    dropped_interval, dropped_flow = dropped, dropped
-    if config.null_class == "flow":
-        dropped_interval, dropped_flow = 0.0, dropped / (1 - config.meanflow_ratio)
-    interval, flow = in_window * (1 - dropped_interval), in_window * (1 - dropped_flow)
+    k, in_window = num_meanflow(config, batch), below(config, config.t_end) - below(config, config.t_start)
+    interval, flow = (in_window * kept for kept in kept_shares(config))
     return rarely_exceeded(k, 2 if config.kappa else 1, interval, batch - k, flow)
 
 
@@ -197,12 +210,22 @@ def rarely_exceeded(k: int, needs: int, interval: float, num_flow: int, flow: fl
 def guided_rows(config: MeanFlowConfig, t: Tensor, drop: Tensor) -> GuidedRows:
     """The rows whose velocity guidance changes: t is in [t_start, t_end] and the label is kept. On the CPU."""
     acts = (config.t_start <= t) & (t <= config.t_end) & ~drop
-    batch, k, size = len(t), num_meanflow(config, len(t)), num_predictions(config, len(t))
-    null_rows = acts.nonzero()[:, 0]
-    cond_rows = acts[:k].nonzero()[:, 0] if config.kappa else null_rows[:0]
+    k = num_meanflow(config, len(t))
+    return arrange(acts, acts[:k] if config.kappa else acts[:0], k, num_predictions(config, len(t)))
+
+
+def arrange(acts: Tensor, conditional: Tensor, k: int, size: int) -> GuidedRows:
+    """The predictions of a batch whose first k rows have r != t. On the CPU.
+
+    Args:
+        acts: which rows' velocity guidance changes, so that they need the null class's prediction, (B,) bool.
+        conditional: which of the first rows need their own class's prediction, too, (up to k,) bool.
+        size: how many predictions there are, with padding; if this is too few, there are as many as there can be.
+    """
+    null_rows, cond_rows, batch = acts.nonzero()[:, 0], conditional.nonzero()[:, 0], len(acts)
     count = len(null_rows) + len(cond_rows)
     if count > size:
-        size = batch + k if config.kappa else batch
+        size = batch + len(conditional)
     rows, u_null, u_cond = torch.zeros(size).long(), torch.zeros(batch).long(), torch.zeros(batch).long()
     rows[:count] = torch.cat([null_rows, cond_rows])
     u_null[null_rows] = torch.arange(len(null_rows))

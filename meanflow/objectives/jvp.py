@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph_placeholder
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 aten = torch.ops.aten
@@ -64,7 +64,7 @@ def support_fsdp2() -> None:
     RegisterPostBackwardFunction.jvp = staticmethod(lambda ctx, _, *tangents: tuple(d.view_as(d) for d in tangents))
 
 
-def finite_difference(fn: Callable, primals: tuple, tangents: tuple, step: float = 0.005) -> tuple[Tensor, Tensor]:
+def finite_difference(fn: Callable, primals: tuple, tangents: tuple, step: float = 0.005) -> tuple[Any, Any]:
     """Does the same by central differences, for networks without forward-mode derivatives, with two more forwards.
 
     The derivative's error is step^2 / 6 times the third derivative, plus rounding over step: below 1e-3 of the largest
@@ -73,7 +73,7 @@ def finite_difference(fn: Callable, primals: tuple, tangents: tuple, step: float
     out = fn(*primals)
     with torch.no_grad(), torch.autocast(primals[0].device.type, enabled=False):
         ahead, behind = (fn(*(p + sign * step * d for p, d in zip(primals, tangents))) for sign in (1, -1))
-        return out, (ahead - behind) / (2 * step)
+        return out, tree_map(lambda a, b: (a - b) / (2 * step), ahead, behind)
 
 
 class Dual(NamedTuple):
@@ -241,7 +241,9 @@ def rule_of(func: Callable, args: list, kwargs: dict) -> Callable:
     """
     rule = forward_mode if isinstance(func, REGISTERED) else RULES.get(func.__name__, forward_mode)
     by_keyword = not args or (rule in (add, bilinear, multiply) and any(map(is_dual, kwargs.values())))
-    if by_keyword or (rule in (affine, layer_norm, group_norm) and not is_constant(*args[1:], *kwargs.values())):
+    if by_keyword or (
+        rule in (affine, layer_norm, group_norm, rms_norm) and not is_constant(*args[1:], *kwargs.values())
+    ):
         return forward_mode
     return rule
 
@@ -354,6 +356,17 @@ def group_norm(func, out: Tensor, x: Dual, num_groups: int, weight=None, bias=No
     return d if weight is None else d * weight.p.view(-1, *[1] * (p.ndim - 2))
 
 
+def rms_norm(func, out: Tensor, x: Dual, normalized_shape, weight: Dual | None = None, eps: float | None = None):
+    """With n = x / s and s = sqrt(mean(x^2) + eps): dn = (dx - n mean(n dx)) / s, before the scale."""
+    p, d = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (x.p, x.d))
+    axes = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(x.p.dtype).eps if eps is None else eps
+    inverse = (p.square().mean(axes, keepdim=True) + eps).rsqrt()
+    n = p * inverse
+    d = (d - n * (n * d).mean(axes, keepdim=True)) * inverse
+    return (d if weight is None else d * weight.p).to(out.dtype)
+
+
 def cat(func: Callable, out: Tensor, tensors: list[Dual], *args, **kwargs) -> Tensor:
     return func([torch.zeros_like(x.p) if x.d is None else x.d for x in tensors], *args, **kwargs)
 
@@ -383,7 +396,7 @@ def attention_tangent(q, dq, out, k, v, dk, dv) -> Tensor:
 # By name: torch.compile cannot look up the functions themselves. A name stands for a function of torch, of
 # torch.nn.functional and for the method of Tensor, which take the same arguments in the same order.
 RULES: dict[str, Callable] = {
-    **{rule.__name__: rule for rule in (gelu, silu, layer_norm, group_norm, cat)},
+    **{rule.__name__: rule for rule in (gelu, silu, layer_norm, group_norm, rms_norm, cat)},
     "scaled_dot_product_attention": attention,
     **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d"), affine),
     **dict.fromkeys(("add", "__add__", "__radd__"), add),

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from meanflow.config import MeanFlowConfig
+from meanflow.config import MeanFlowConfig, VelocityConfig
 from meanflow.objectives.base import Batch, Objective, Output, Sampling
 from meanflow.objectives.draws import Draws, can_look_at, guided_rows, make_draws, num_meanflow, order_slots
 from meanflow.objectives.guidance import guidance_in_words, guided_velocity
@@ -49,7 +49,7 @@ class MeanFlow(Objective):
     order_slots = staticmethod(order_slots)
     make_draws = staticmethod(make_draws)
 
-    def __init__(self, net: nn.Module, config: MeanFlowConfig):
+    def __init__(self, net: nn.Module, config: VelocityConfig):
         super().__init__(net, config)
         weights = torch.tensor(config.channel_weights) if isinstance(config.channel_weights, (tuple, list)) else None
         self.register_buffer("channel_weights", weights, persistent=False)
@@ -111,25 +111,42 @@ class MeanFlow(Objective):
     def guide(self, v: Tensor, z_t: Tensor, t: Tensor, cond: Cond, u_flow: Tensor, draws: Draws) -> Tensor:
         """The guided velocity, detached, like v; where guidance does not act, it is v.
 
-        u(z_t, t, t, null) and u(z_t, t, t, y) are evaluated in one forward without dropout.
-
         Args:
             u_flow: u(z_t, t, t, y) of the r = t rows, which are the last ones: the main forward's output.
         """
-        config, null_class = self.config, self.net.config.num_classes
+        config = self.config
         guided = draws.guided or [x.to(t.device) for x in guided_rows(config, t.cpu(), draws.drop.cpu())]
-        acts, rows, null, u_null, u_cond = guided
-        y = torch.where(null, null_class, cond["y"][rows])
-        # Guidance needs outputs without dropout, so a network with dropout is evaluated again.
+        null = {**cond, "y": torch.full_like(cond["y"], self.net.config.num_classes)}
+
+        def v_fn(z_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            return self.u(z_t, t, t, cond)
+
+        u_null, u_cond = self.predict(v_fn, guided, z_t, t, null, cond, u_flow)
+        v_g = guided_velocity(v, u_null, u_cond, config.omega, config.kappa)
+        return torch.where(expand(guided[0], v), v_g, v)
+
+    def predict(self, v_fn, guided, z_t: Tensor, t: Tensor, null: Cond, own: Cond, flow: Tensor) -> list[Tensor]:
+        """The velocities that guidance combines, of the null class and of each row's own, in one forward.
+
+        Rows that need no such prediction get any. Networks with dropout are evaluated without it.
+
+        Args:
+            v_fn: (z_t, t, cond) -> v.
+            guided: which predictions are needed, GuidedRows.
+            null, own: the conditions of both kinds for all rows.
+            flow: the main forward's predictions of the r = t rows, which are the last ones.
+        """
+        _, rows, is_null, *places = guided
+        # The main forward's outputs have dropout.
         again = differs_in_training(self.net)
         if again:
-            flow_rows = torch.arange(len(v) - len(u_flow), len(v), device=v.device)
-            rows, y = torch.cat([rows, flow_rows]), torch.cat([y, cond["y"][flow_rows]])
+            flow_rows = torch.arange(len(t) - len(flow), len(t), device=t.device)
+            rows, is_null = torch.cat([rows, flow_rows]), torch.cat([is_null, torch.zeros_like(flow_rows).bool()])
+        cond = {name: torch.where(expand(is_null, own[name]), null[name][rows], own[name][rows]) for name in own}
         with evaluation(self.net) if again else nullcontext():
-            u = self.u(z_t[rows], t[rows], t[rows], {**select(cond, rows), "y": y})
-        u = u if again else torch.cat([u, u_flow])
-        v_g = guided_velocity(v, u[u_null], u[u_cond], config.omega, config.kappa)
-        return torch.where(expand(acts, v), v_g, v)
+            v = v_fn(z_t[rows], t[rows], cond)
+        v = v if again else torch.cat([v, flow])
+        return [v[place] for place in places]
 
     def check_batch(self, batch: Batch, k: int) -> None:
         x, draws, y = batch.x, batch.draws, batch.cond.get("y")
@@ -148,9 +165,8 @@ class MeanFlow(Objective):
             raise ValueError(f"the first {k} of {len(x)} rows must be the r != t ones, got r = t rows first")
 
     @classmethod
-    def check(cls, config: MeanFlowConfig, net: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:
-        if config.guided and not num_classes:
-            raise ValueError("objective.omega and objective.kappa must be 1 and 0 for data without classes")
+    def check(cls, config: VelocityConfig, net: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:
+        cls.check_guidance(config, net, num_classes)
         if config.jvp == "finite-difference" and has_dropout(net):
             raise ValueError("objective.jvp must be exact for a network with dropout, got finite-difference")
         weights = config.channel_weights
@@ -158,20 +174,30 @@ class MeanFlow(Objective):
             raise ValueError(f"channel_weights must be {shape[0]} numbers, one a channel, got {len(weights)}")
 
     @classmethod
-    def sampling(cls, config: MeanFlowConfig) -> Sampling:
+    def check_guidance(cls, config: MeanFlowConfig, net: nn.Module, num_classes: int) -> None:
+        if config.guided and not num_classes:
+            raise ValueError("objective.omega and objective.kappa must be 1 and 0 for data without classes")
+
+    @classmethod
+    def sampling(cls, config: VelocityConfig) -> Sampling:
         solver = "meanflow" if config.meanflow_ratio else "euler"
-        scale = config.effective_scale if config.guided else None
         null_class = {"independent": "any", "flow": "flow"}[config.null_class] if config.class_dropout_prob else None
-        guidance = guidance_in_words(config)
-        return Sampling(config.prediction, config.t_min, solver, STEPS[solver], scale, null_class, guidance)
+        how = {"solver": solver, "num_inference_steps": STEPS[solver], "null_class": null_class}
+        return Sampling(config.prediction, config.t_min, **how, **cls.guidance(config))
 
     @classmethod
-    def describe(cls, config: MeanFlowConfig, global_batch: int) -> dict[str, str]:
+    def guidance(cls, config: MeanFlowConfig) -> dict:
+        """What Sampling has of the guidance that is trained in."""
+        scale = config.effective_scale if config.guided else None
+        return {"guidance_scale": scale, "guidance": guidance_in_words(config)}
+
+    @classmethod
+    def describe(cls, config: VelocityConfig, global_batch: int) -> dict[str, str]:
         share = f"{num_meanflow(config, global_batch)} of {global_batch} samples with r != t"
-        return {"objective": f"{cls.__name__}, {share}", "guidance": guidance_in_words(config)}
+        return {"objective": f"{cls.__name__}, {share}", "guidance": cls.guidance(config)["guidance"]}
 
     @classmethod
-    def warnings(cls, config: MeanFlowConfig, global_batch: int) -> list[str]:
+    def warnings(cls, config: VelocityConfig, global_batch: int) -> list[str]:
         k = num_meanflow(config, global_batch)
         if config.meanflow_ratio == 0 or k >= MIN_INTERVALS:
             return []

@@ -173,6 +173,8 @@ def load_pipeline(source, ema=None, variant=None, revision=None, trust_remote_co
     ensure(variant is None, f"variant {variant} is for exported folders, and {folder} is a checkpoint")
     with errors_as(f"{folder} cannot be loaded"):
         net = load_network(folder, ema, trust_remote_code)
+        if hasattr(net, "drop_v_head"):  # which only training needs
+            net.drop_v_head()
         recipe, metadata = (read_json(folder / f"{name}.json") for name in ("recipe", "data"))
         vae = load_vae(recipe["vae"]) if recipe["vae"] else None
         is_same = vae is None or metadata.get("vae_sha256") in (None, fingerprint(vae))

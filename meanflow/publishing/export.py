@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 from tempfile import TemporaryDirectory
@@ -12,6 +14,13 @@ from meanflow.config import FREE_ON_RESUME, check, flatten
 from meanflow.files import checksum, checksums, ensure, errors_as, read_json, write_json
 from meanflow.pictures import middle_slices, save_grid
 from meanflow.publishing.checkpoints import CHECKSUMS, INDEX, checkpoints, find_checkpoint, load_pipeline, saved_step
+
+SCALES = "scales.png"
+SCALES_TEXT = f"""![samples at CFG scales 1, 2, 4 and 6]({SCALES})
+
+One row for each CFG scale: 1, 2, 4, 6, of the same noise. `pipe(..., guidance_scale=4.0)` chooses one, at no cost.
+
+"""
 
 
 def export(source: Path, out: Path, ema=None, variants=(), license="other", datasets=(), trust_remote_code=False):
@@ -26,7 +35,28 @@ def export(source: Path, out: Path, ema=None, variants=(), license="other", data
     Raises:
         ValueError: source has no whole checkpoint, out holds something else, or the network's file is not trusted.
     """
-    source, out = find_checkpoint(Path(source).expanduser()), Path(out).expanduser()
+    source = find_checkpoint(Path(source).expanduser())
+    with export_folder(Path(out).expanduser()) as folder:
+        pipe = load_pipeline(source, ema, trust_remote_code=trust_remote_code)
+        pipe.save_pretrained(folder)
+        metrics = source.parent / "metrics.json"
+        is_newest = ema is None and source in checkpoints(source.parent)[-1:]
+        measured = metrics_table(metrics) if is_newest and metrics.is_file() else ""
+        (folder / "README.md").write_text(model_card(source, pipe, license, datasets, measured))
+        save_picture(source, pipe, folder / "samples.png", is_first_average=ema is None)
+        save_scales(pipe, folder / SCALES)
+        for variant in variants:
+            pipe = load_pipeline(source, ema, trust_remote_code=trust_remote_code)
+            cast(pipe, variant).save_pretrained(folder, variant=variant)
+
+
+@contextmanager
+def export_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which then gets its checksums and becomes `out`; if filling it fails, `out` stays as it was.
+
+    Raises:
+        ValueError: out holds something else than an exported model.
+    """
     check(out.name not in ("", "..") and (out.is_dir() or not out.exists()), "out", out, "a folder with a name")
     is_export = (out / INDEX).is_file() and (out / CHECKSUMS).is_file()  # checkpoints have checksums, too
     known = {CHECKSUMS: checksum(out / CHECKSUMS), **read_json(out / CHECKSUMS)} if is_export else {}
@@ -37,16 +67,7 @@ def export(source: Path, out: Path, ema=None, variants=(), license="other", data
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         temporary = Path(scratch) / "pipeline"
-        pipe = load_pipeline(source, ema, trust_remote_code=trust_remote_code)
-        pipe.save_pretrained(temporary)
-        metrics = source.parent / "metrics.json"
-        is_newest = ema is None and source in checkpoints(source.parent)[-1:]
-        measured = metrics_table(metrics) if is_newest and metrics.is_file() else ""
-        (temporary / "README.md").write_text(model_card(source, pipe, license, datasets, measured))
-        save_picture(source, pipe, temporary / "samples.png", is_first_average=ema is None)
-        for variant in variants:
-            pipe = load_pipeline(source, ema, trust_remote_code=trust_remote_code)
-            cast(pipe, variant).save_pretrained(temporary, variant=variant)
+        yield temporary
         write_json(temporary / CHECKSUMS, checksums(temporary))
         if out.exists():
             out.rename(Path(scratch) / "replaced")
@@ -59,11 +80,23 @@ def save_picture(source: Path, pipe, path: Path, is_first_average: bool) -> None
     if drawn.exists() and is_first_average and pipe.sampling.solver == "meanflow":
         shutil.copyfile(drawn, path)
     elif not pipe.condition_names(required=True):  # which only its user could choose
-        columns = min(pipe.num_classes, 10) or 8
-        y = torch.linspace(0, pipe.num_classes - 1, columns).long().tolist() if pipe.num_classes else None
-        pipe.set_progress_bar_config(disable=True)
-        x = pipe(y, columns, latents=pipe.noise(0, range(columns)), output_type="pt").images
-        save_grid(middle_slices(x) if x.ndim == 5 else 2 * x - 1, path, columns)
+        x = one_of_each_class(pipe)
+        save_grid(middle_slices(x) if x.ndim == 5 else 2 * x - 1, path, len(x))
+
+
+def save_scales(pipe, path: Path) -> None:
+    """Of a network that is told the CFG scale: one sample of each of up to ten classes, a row for each scale."""
+    if pipe.sampling.guidance_range is not None and not pipe.condition_names(required=True):
+        x = torch.cat([one_of_each_class(pipe, guidance_scale=scale) for scale in (1.0, 2.0, 4.0, 6.0)])
+        save_grid(2 * x - 1, path, len(x) // 4)
+
+
+def one_of_each_class(pipe, **how) -> torch.Tensor:
+    """One sample of each of up to ten classes, or eight without classes, in [0, 1], of the same noise each time."""
+    count = min(pipe.num_classes, 10) or 8
+    y = torch.linspace(0, pipe.num_classes - 1, count).long().tolist() if pipe.num_classes else None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(y, count, latents=pipe.noise(0, range(count)), output_type="pt", **how).images
 
 
 def cast(pipe, dtype: str | None):
@@ -96,6 +129,7 @@ def model_card(source: Path, pipe, license: str, datasets: tuple[str, ...], meas
         num_classes=len(pipe.id2label),
         call=f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4",
         measured=measured,
+        scales=SCALES_TEXT if pipe.sampling.guidance_range else "",
         recipe=json.dumps({name: fields[name] for name in names if fields[name] is not None}, indent=2),
     )
 

@@ -13,10 +13,14 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from meanflow.noise import noise
-from meanflow.sampler import SOLVERS, STEPS, average_velocity, cfg, ensure
+from meanflow.sampler import SOLVERS, STEPS, average_velocity, cfg, ensure, guidance_conditions
+
+logger = logging.get_logger(__name__)
+OF_GUIDANCE = {"omega", "t_start", "t_end"}  # conditions that guidance_scale and guidance_interval stand for
 
 
 class MeanFlowPipeline(DiffusionPipeline):
@@ -26,7 +30,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         net: net(z, t, h, **cond), with a sample's shape in z_shape and num_classes in its config.
         vae: an AutoencoderKL; None for pixels.
         sampling: how the network is sampled, the fields of meanflow's `Sampling`: prediction, t_min, solver,
-            num_inference_steps, guidance_scale, null_class, guidance.
+            num_inference_steps, guidance_scale, null_class, guidance, guidance_range, guidance_interval.
         id2label: names of the classes.
         latents: {"shift", "scale"}, each one number or one for each channel: z = (latent - shift) * scale.
     """
@@ -37,7 +41,9 @@ class MeanFlowPipeline(DiffusionPipeline):
     def __init__(self, net, vae=None, sampling=None, id2label=None, latents=None):
         super().__init__()
         self.register_modules(net=net, vae=vae)
-        self.sampling = SimpleNamespace(**sampling)
+        newer = {"guidance_range": None, "guidance_interval": None}  # than version 0.1
+        self.sampling = SimpleNamespace(**{**newer, **sampling})
+        self.said = set()  # the scales that were warned of
         self.id2label = {int(index): name for index, name in (id2label or {}).items()}
         self.register_to_config(sampling=sampling, id2label=id2label or {}, latents=latents)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
@@ -76,15 +82,27 @@ class MeanFlowPipeline(DiffusionPipeline):
             ids += found
         return ids
 
-    def check_choice(self, solver: str, guidance_scale: float | None) -> None:
+    def check_choice(self, solver: str, guidance_scale: float | None, guidance_interval=None) -> None:
         """Raises a ValueError where a solver or a scale cannot mean what one hopes; it says what to do instead."""
         ensure(solver in SOLVERS, f"solver must be one of {', '.join(SOLVERS)}, got {solver}")
         if solver == "meanflow" and self.sampling.solver != "meanflow":
             raise ValueError("solver meanflow cannot sample a network of plain flow matching: use euler with 50 steps")
+        if guidance_interval is not None:
+            is_told = self.sampling.guidance_range is not None
+            ensure(is_told, "guidance_interval is for networks that are told the CFG scale, and this one is not")
+            start, end = guidance_interval
+            ensure(0 <= start <= end <= 1, f"guidance_interval must be times 0 <= start <= end <= 1, got {start} {end}")
         if guidance_scale is None:
             return
         trained, scale = self.sampling.guidance_scale, f"guidance_scale {guidance_scale:g}"
         ensure(0 <= guidance_scale < math.inf, f"{scale} must be a finite number >= 0")
+        if self.sampling.guidance_range is not None:
+            least, most = self.sampling.guidance_range
+            ensure(guidance_scale >= least, f"{scale} must be >= {least:g}, which is no guidance")
+            if guidance_scale > most and guidance_scale not in self.said:
+                self.said.add(guidance_scale)
+                logger.warning(f"{scale} is outside of what was trained, {least:g} to {most:g}")
+            return
         ensure(self.num_classes > 0, f"{scale} needs classes, and this network has none: leave it out")
         if trained is not None and abs(guidance_scale - trained) > 1e-3 * trained:
             fact = f"guidance is trained into this network, at scale {trained:.4g}, and costs nothing"
@@ -100,7 +118,8 @@ class MeanFlowPipeline(DiffusionPipeline):
     def condition_names(self, required: bool = False) -> list[str]:
         """The conditions beside the class that the network takes, or only those that it cannot do without."""
         parameters = list(inspect.signature(self.net.forward).parameters.values())[3:]  # without z, t and h
-        return [p.name for p in parameters if p.name != "y" and (p.default is p.empty or not required)]
+        named = [p for p in parameters if p.name not in {"y", *OF_GUIDANCE}]
+        return [p.name for p in named if p.default is p.empty or not required]
 
     def conditions(self, class_labels, cond: dict | None, batch_size: int) -> dict[str, torch.Tensor]:
         """What goes to the network by keyword, each (B, ...), on the pipeline's device.
@@ -124,6 +143,22 @@ class MeanFlowPipeline(DiffusionPipeline):
             given["y"] = torch.tensor(self.class_ids(class_labels), device=device)
         return given
 
+    def guidance_at(self, t: torch.Tensor, solver: str, scale: float | None, interval=None) -> dict[str, torch.Tensor]:
+        """The conditions that tell a network the CFG scale, at times t, (B,); none for a network that is not told.
+
+        ODE solvers need v, u at r = t, which was trained with the interval [0, 1]: outside of the interval they ask for
+        v at scale 1.
+        """
+        if self.sampling.guidance_range is None:
+            return {}
+        scale = self.sampling.guidance_scale if scale is None else scale
+        start, end = self.sampling.guidance_interval if interval is None else interval
+        if solver == "meanflow":
+            return guidance_conditions(scale, (start, end), t)
+        is_inside = (start <= t) & (t <= end)
+        everywhere = guidance_conditions(scale, (0.0, 1.0), t)
+        return {**everywhere, "omega": torch.where(is_inside, everywhere["omega"], 1.0)}
+
     @torch.no_grad()
     def __call__(
         self,
@@ -137,14 +172,16 @@ class MeanFlowPipeline(DiffusionPipeline):
         cond: dict | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Samples one image for each of class_labels; without classes, batch_size images.
 
         Args:
             class_labels: indices or names, or one of them.
             num_inference_steps: default: meanflow 1, euler 50, heun 25, rk4 12.
-            guidance_scale: classifier-free guidance while sampling, two evaluations a step; None: only what was
-                trained in, if anything.
+            guidance_scale: a network that is told the CFG scale is told this, >= 1. With another network: guidance
+                while sampling, two evaluations a step. None: the default, or only what was trained in, if anything.
+            guidance_interval: the times in which guidance acts, of a network that is told them; None: the default.
             solver: meanflow, or an ODE solver for the instantaneous velocity: euler, heun, rk4; default: the best one
                 for this network.
             latents: the noise, (B, C, *S); default: drawn by the generator, or by one generator for each image.
@@ -155,7 +192,7 @@ class MeanFlowPipeline(DiffusionPipeline):
             ValueError: a class, condition, shape, solver or scale that cannot be; the message says what can.
         """
         solver = solver or self.sampling.solver
-        self.check_choice(solver, guidance_scale)
+        self.check_choice(solver, guidance_scale, guidance_interval)
         num_inference_steps = STEPS[solver] if num_inference_steps is None else num_inference_steps
         if (class_labels is None) == (self.num_classes > 0):
             must = "must" if self.num_classes else "must not"
@@ -178,6 +215,7 @@ class MeanFlowPipeline(DiffusionPipeline):
                 return self.net(z.to(self.net.dtype), t, h, **cond)
 
             def u_fn(z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, cond: dict = known) -> torch.Tensor:
+                cond = {**cond, **self.guidance_at(t, solver, guidance_scale, guidance_interval)}
                 return average_velocity(net, z, t, r, cond, self.sampling.prediction, self.sampling.t_min)
 
             guided = u_fn if scale == 1 else cfg(u_fn, known, self.num_classes, scale)

@@ -305,8 +305,12 @@ def init_weights(net: torch.nn.Module, source: str) -> None:
     folder = next((folder / name for name in ("model", "net") if (folder / name).is_dir()), folder)
     with errors_as(f"init_from: {source} has no weights for this network"):
         other = check_finite(type(net).from_pretrained(folder), source)
-        net.load_state_dict(other.state_dict())
+        has_v_head = other.config.get("v_head") == net.config.get("v_head")
+        missing, _ = net.load_state_dict(other.state_dict(), strict=has_v_head)
+        ensure(all(name.startswith("v_") for name in missing), f"it lacks {missing[:1]}")
+        if missing:
+            print(f"{source} has no v head, as exports have none: it starts afresh", file=sys.stderr)
     sizes = (json.loads(network.to_json_string()) for network in (other, net))
-    for name, there, here in different(*sizes, {"dropout", "input_size", "img_resolution"}):
+    for name, there, here in different(*sizes, {"dropout", "input_size", "img_resolution", "v_head"}):
         if not name.startswith("_"):  # a size that the shapes of the weights may not show
             raise Refusal(f"init_from: {source} has {name} {there}, and this network {here}: --net {name} {there}")

@@ -24,6 +24,7 @@ from models import MODELS
 
 # The networks of smoke tests.
 SMALL = {"DiT": {"depth": 2, "hidden_size": 64, "num_heads": 4}, "UNet-cifar": {"model_channels": 16, "num_blocks": 1}}
+SMALL |= {"iMF": {"depth": 2, "aux_head_depth": 1, "hidden_size": 64, "num_heads": 4}}
 SMALL |= {"UNet": {"block_out_channels": (16, 32), "attention": (False, True), "layers_per_block": 1}}
 
 

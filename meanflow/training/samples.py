@@ -7,7 +7,7 @@ from accelerate.utils import send_to_device
 
 from meanflow.noise import generator, noise
 from meanflow.pictures import save_grid
-from meanflow.sampler import average_velocity, euler, sample
+from meanflow.sampler import average_velocity, euler, guidance_conditions, sample
 
 
 def draw_samples(recipe, data, net, sampling, accelerator, step: int) -> Path:
@@ -47,6 +47,8 @@ def one_step(recipe, data, net, sampling, indices: range, y: torch.Tensor | None
         places = [index % len(data) for index in indices]
         _, cond = data.batch(places, [generator(recipe.seed, place, "data") for place in places])
     cond = cond if y is None else {**cond, "y": y}
+    if sampling.guidance_range is not None:
+        cond |= guidance_conditions(sampling.guidance_scale, sampling.guidance_interval, torch.ones(len(indices)))
     e, cond = send_to_device((noise(recipe.seed, indices, data.shape), cond), device)
     solver = sample if sampling.solver == "meanflow" else euler  # without r != t, u is known only at r = t
     return solver(lambda z, t, r: average_velocity(net, z, t, r, cond, sampling.prediction, sampling.t_min), e, 1)

@@ -5,15 +5,16 @@ import socket
 
 import pytest
 import torch
-from conftest import ZOO, batch_of, small_dit
+from conftest import TOLD, ZOO, batch_of, small_dit
 from torch._dynamo import config as dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
-from meanflow.config import MeanFlowConfig
+from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig
+from meanflow.objectives import OBJECTIVES
 from meanflow.objectives.base import Batch
-from meanflow.objectives.draws import make_draws, order_slots
+from meanflow.objectives.draws import order_slots
 from meanflow.objectives.jvp import jvp
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.compile import compile_objective
@@ -21,6 +22,14 @@ from meanflow.training.compile import compile_objective
 pytestmark = pytest.mark.apart
 GUIDED = MeanFlowConfig(omega=0.2, kappa=0.92, t_end=0.75)
 B = 8
+# Each network with the guided objective that goes with it.
+GUIDED_ZOO = {name: (make, GUIDED) for name, make in ZOO.items()}
+GUIDED_ZOO |= {name: (make, ImprovedMeanFlowConfig()) for name, make in TOLD.items()}
+
+
+def guided(name: str) -> MeanFlow:
+    make, config = GUIDED_ZOO[name]
+    return OBJECTIVES[type(config)](make(), config)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +42,8 @@ def forget():
 
 
 def batch_at(config: MeanFlowConfig, net, step: int, size: int = B) -> Batch:
-    draws = make_draws(config, net.z_shape, 0, order_slots(config, range(step * size, (step + 1) * size), size))
+    slots = order_slots(config, range(step * size, (step + 1) * size), size)
+    draws = OBJECTIVES[type(config)].make_draws(config, net.z_shape, 0, slots)
     more = {"augment_labels": torch.randn(size, 6)} if net.config.get("augment_dim") else {}
     return batch_of(torch.randn(size, *net.z_shape), torch.randint(5, (size,)), draws, **more)
 
@@ -75,46 +85,47 @@ def assert_same_steps(objective: MeanFlow, steps: int = 10, size: int = B, bf16:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", GUIDED_ZOO)
 def test_every_network_compiles_to_the_same_numbers(name):
     """Guided, in training, so with the mask of dropout; in one graph that is compiled once.
 
     A tangent that is dropped where torch.compile cannot see it would show in du_dt.
     """
-    assert_same_steps(MeanFlow(ZOO[name](), GUIDED), backend="aot_eager")
+    assert_same_steps(guided(name), backend="aot_eager")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, bf16", [("DiT", True), ("UNet-cifar", False)])
+@pytest.mark.parametrize("name, bf16", [("DiT", True), ("UNet-cifar", False), ("iMF", True)])
 def test_checkpointed_blocks_compile_to_the_same_numbers(name, bf16):
-    net = ZOO[name]()
-    net.enable_gradient_checkpointing()
-    assert_same_steps(MeanFlow(net, MeanFlowConfig()), steps=3, bf16=bf16, backend="aot_eager")
+    objective = guided(name) if name in TOLD else MeanFlow(ZOO[name](), MeanFlowConfig())
+    objective.net.enable_gradient_checkpointing()
+    assert_same_steps(objective, steps=3, bf16=bf16, backend="aot_eager")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["DiT", "UNet-cifar"])
+@pytest.mark.parametrize("name", ["DiT", "UNet-cifar", "iMF"])
 def test_inductor_gives_the_same_numbers(name):
     """Dropout by PyTorch's own generator, so that its masks are the eager ones.
 
     Without the options that compile_objective gives for regions, the conditioning's gradient is wrong by percents.
     """
-    config = GUIDED if name == "DiT" else MeanFlowConfig(meanflow_ratio=0.75)
-    assert_same_steps(MeanFlow(ZOO[name](), config), fallback_random=True)
+    plain = name == "UNet-cifar"
+    objective = MeanFlow(ZOO[name](), MeanFlowConfig(meanflow_ratio=0.75)) if plain else guided(name)
+    assert_same_steps(objective, fallback_random=True)
 
 
 def compare_on_one_of_two(rank: int, port: int) -> None:
     """Of two processes: steps of every network, compiled and eager, inside DDP."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for name, make in ZOO.items():
+    for name in GUIDED_ZOO:
         torch._dynamo.reset()
-        eager, compiled = MeanFlow(make(), GUIDED), MeanFlow(make(), GUIDED)
+        eager, compiled = guided(name), guided(name)
         compile_objective(compiled, backend="aot_eager")
         wrapped = [DistributedDataParallel(o, gradient_as_bucket_view=True) for o in (eager, compiled)]
         for step in range(10):
             torch.manual_seed(2 * step + rank)
-            batch = batch_at(GUIDED, eager.net, 2 * step + rank)
+            batch = batch_at(eager.config, eager.net, 2 * step + rank)
             (loss, gradient), (found, found_gradient) = (synchronised_step(o, batch, step) for o in wrapped)
             assert abs(found - loss) <= 1e-5 * loss, name
             assert (found_gradient - gradient).norm() <= 1e-5 * gradient.norm(), name
@@ -159,13 +170,15 @@ def test_blocks_are_traced_once():
 
 
 @pytest.mark.slow
-def test_guided_steps_are_never_compiled_again():
+@pytest.mark.parametrize("config", [GUIDED, ImprovedMeanFlowConfig()], ids=["MeanFlow", "improved"])
+def test_guided_steps_are_never_compiled_again(config):
     """Guidance acts on another number of rows at each of these 200 steps."""
-    objective = MeanFlow(small_dit(depth=1), GUIDED)
+    net = small_dit(depth=1, takes_omega=config is not GUIDED)
+    objective = OBJECTIVES[type(config)](net, config)
     compile_objective(objective, backend="eager")
     acting = set()
     for step in range(200):
-        batch = batch_at(GUIDED, objective.net, step, 32)
+        batch = batch_at(config, objective.net, step, 32)
         acting.add(int(batch.draws.guided.acts.sum()))
         objective(batch, step)
     assert len(acting) > 5

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import small_dit
+from conftest import TOLD, small_dit
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from meanflow.config import MeanFlowConfig
+from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig
+from meanflow.objectives.improved import ImprovedMeanFlow
 from meanflow.objectives.meanflow import MeanFlow
-from meanflow.publishing.pipeline import MeanFlowPipeline
+from meanflow.publishing.pipeline import OF_GUIDANCE, MeanFlowPipeline
 from meanflow.sampler import average_velocity, cfg, euler, rk4, sample
 
 NAMES = dict(enumerate(["tench, Tinca tinca", "cat", "dog", "eel", "fox"]))
@@ -121,6 +122,67 @@ def test_scale_that_was_trained_in_costs_nothing():
     e = pipe.noise(0, range(1))
     plain, same = (pipe([1], latents=e, guidance_scale=s, output_type="latent").images for s in (None, 2.5))
     assert torch.equal(plain, same)
+
+
+TOLD_BY = ImprovedMeanFlowConfig(guidance_scale=3.0, guidance_interval=(0.2, 0.9))
+
+
+def told_pipeline(name: str) -> MeanFlowPipeline:
+    """Of a network that is told the CFG scale."""
+    pipe = MeanFlowPipeline(TOLD[name]().eval(), None, ImprovedMeanFlow.sampling(TOLD_BY)._asdict(), NAMES)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_network_is_told_the_scale_and_the_interval_in_one_evaluation(name):
+    """Those that are asked for, or else the checkpoint's."""
+    pipe, calls, y = told_pipeline(name), [], torch.tensor([1, 2])
+    e, one = pipe.noise(0, range(2)), torch.ones(2)
+    for scale, interval in ((None, None), (4.0, (0.4, 0.6)), (1.0, None)):
+        told = {"omega": scale or 3.0, **dict(zip(("t_start", "t_end"), interval or (0.2, 0.9)))}
+        cond = {"y": y, **{name: value * one for name, value in told.items()}}
+        with torch.no_grad():
+            expected = e - pipe.net(e, one, one, **cond)
+        hook = pipe.net.register_forward_hook(lambda *_: calls.append(1))
+        how = {"guidance_scale": scale, "guidance_interval": interval, "output_type": "latent"}
+        images = pipe([1, 2], latents=e, **how).images
+        hook.remove()
+        torch.testing.assert_close(images, expected)
+    assert len(calls) == 3
+    assert not torch.equal(*(pipe([1], latents=e[:1], guidance_scale=s, output_type="latent").images for s in (1, 4)))
+
+
+def test_ode_solvers_ask_for_the_velocity_that_was_trained():
+    """v, at r = t, was trained with the interval [0, 1]: outside of the interval asked for, it is v of scale 1."""
+    pipe, seen = told_pipeline("DiT, omega"), []
+
+    def note(module, args, kwargs) -> None:
+        seen.append([round(float(value[0]), 4) for value in (args[1], *(kwargs[n] for n in sorted(OF_GUIDANCE)))])
+
+    pipe.net.register_forward_pre_hook(note, with_kwargs=True)
+    pipe([1], solver="euler", num_inference_steps=4, guidance_scale=5.0, guidance_interval=(0.3, 0.8))
+    assert seen == [[1.0, 1.0, 1.0, 0.0], [0.75, 5.0, 1.0, 0.0], [0.5, 5.0, 1.0, 0.0], [0.25, 1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"guidance_scale": 0.5}, "guidance_scale 0.5 must be >= 1, which is no guidance"),
+        ({"guidance_interval": (0.6, 0.4)}, "guidance_interval must be times 0 <= start <= end <= 1, got 0.6 0.4"),
+    ],
+)
+def test_scale_and_interval_that_cannot_be_told_are_refused(how, message):
+    with pytest.raises(ValueError, match=message):
+        told_pipeline("DiT, omega")([1], **how)
+    with pytest.raises(ValueError, match="guidance_interval is for networks that are told the CFG scale"):
+        pipeline()([1], guidance_interval=(0.2, 0.8))
+
+
+def test_scale_outside_of_what_was_trained_is_sampled_and_said(caplog):
+    pipe = told_pipeline("DiT, omega")
+    assert pipe([1], guidance_scale=10.5, output_type="pt").images.isfinite().all()
+    assert "guidance_scale 10.5 is outside of what was trained, 1 to 8" in caplog.text
 
 
 def test_flow_matching_network_is_sampled_by_euler():

@@ -14,7 +14,7 @@ from conftest import save_photos
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meanflow.config import MeanFlowConfig, TrainConfig
+from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig, TrainConfig
 from meanflow.objectives.draws import Draws
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.guard import HostCopy
@@ -127,6 +127,7 @@ def recipe(tmp_path) -> Iterator[TrainConfig]:
 
 
 SMALL = {
+    "iMF": {"depth": 2, "hidden_size": 32, "num_heads": 2, "aux_head_depth": 1},
     "UNet-cifar": {"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "dropout": 0.2, "augment_dim": 6},
     "UNet": {"block_out_channels": (16, 32), "attention": (False, True), "layers_per_block": 1, "dropout": 0.2},
 }
@@ -136,6 +137,8 @@ CHANGES = {
     "bf16": {"mixed_precision": "bf16"},
     "UNet-cifar": {"model": "UNet-cifar", "net": SMALL["UNet-cifar"], "augment": 0.5},
     "UNet": {"model": "UNet-digits", "net": SMALL["UNet"]},
+    "iMF": {"model": "iMF-B/2", "net": SMALL["iMF"], "objective": ImprovedMeanFlowConfig()},
+    "DiT, omega": {"net": {"takes_omega": 1}, "objective": ImprovedMeanFlowConfig(prediction="x")},
     "volumes": {"data": "shapes", "objective": MeanFlowConfig(prediction="x", channel_weights="inverse-variance")},
 }
 
