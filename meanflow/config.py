@@ -19,6 +19,7 @@ FREE_ON_RESUME = {
     *("warn_at", "halt_at", "grace_steps", "max_skipped", "check_data", "allow_data_change"),
     *("eval_every", "eval_metric", "eval_reference", "eval_images", "eval_features", "keep_best", "keep_every"),
     *("project", "run_name"),
+    *("objective.guidance_scale", "objective.guidance_interval"),  # of sampling
 }
 
 
@@ -171,6 +172,7 @@ class ImprovedMeanFlowConfig(VelocityConfig):
         ValueError: a value is out of range; the message names the field and the value.
     """
 
+    # share of the samples that may have r != t, in [0, 1]; the others have r = t, so they are flow matching
     meanflow_ratio: Annotated[float, SHARE] = 0.5
     # CFG scales omega are trained from 1 to this, > 1
     omega_max: Annotated[float, ABOVE_1] = 8.0

@@ -41,10 +41,19 @@ def as_velocity(out: Tensor, z: Tensor, t: Tensor, prediction="u", t_min=0.05) -
     return out if prediction == "u" else (z - out) / expand(t.clamp(min=t_min), z)
 
 
-def guidance_conditions(scale: float, interval: Sequence[float], like: Tensor) -> Cond:
-    """The conditions of a network that is told the CFG scale and the times in which it acts, for times like, (B,)."""
-    values = {"omega": scale, "t_start": interval[0], "t_end": interval[1]}
-    return {name: torch.full_like(like, value) for name, value in values.items()}
+def guidance_conditions(scale: float, interval: Sequence[float], t: Tensor, is_ode: bool = False) -> Cond:
+    """The conditions of a network that is told the CFG scale and the interval of times in which it acts; each (B,).
+
+    Args:
+        t: the times of the evaluation, (B,).
+        is_ode: r = t, where networks are trained with the interval [0, 1]: outside of the interval the scale is then 1.
+    """
+    start, end = interval
+    omega = torch.full_like(t, scale)
+    if is_ode:
+        omega = torch.where((start <= t) & (t <= end), omega, 1.0)
+        start, end = 0.0, 1.0
+    return {"omega": omega, "t_start": torch.full_like(t, start), "t_end": torch.full_like(t, end)}
 
 
 def sample(u_fn: UFn, e: Tensor, num_steps: int = 1, grid: Sequence[float] | None = None) -> Tensor:

@@ -220,7 +220,7 @@ class IMF(ModelMixin, ConfigMixin):
         if y is not None:
             embedded["class"] = self.y_embedder.embedding_table(y)
         tokens = [self.get_parameter(f"{name}_tokens") + embedded[name].unsqueeze(1) for name in self.counts]
-        x = torch.cat([*tokens, self.x_embedder(z).contiguous()], dim=1)  # PatchEmbed leaves it transposed
+        x = torch.cat([*tokens, self.x_embedder(z)], dim=1)
         return self.run(self.shared_blocks, x)
 
     def u(self, x: Tensor) -> Tensor:
@@ -232,13 +232,9 @@ class IMF(ModelMixin, ConfigMixin):
         return self.unpatchify(self.v_final_layer(self.patches(self.run(self.v_heads, x))))
 
     def run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        call = self._gradient_checkpointing_func if self.gradient_checkpointing else IMFBlock.__call__
         for block in blocks:
-            arguments = x, self.rotary_cos, self.rotary_sin
-            x = (
-                self._gradient_checkpointing_func(block, *arguments)
-                if self.gradient_checkpointing
-                else block(*arguments)
-            )
+            x = call(block, x, self.rotary_cos, self.rotary_sin)
         return x
 
     def patches(self, x: Tensor) -> Tensor:
@@ -250,9 +246,8 @@ class IMF(ModelMixin, ConfigMixin):
         x = x.unflatten(1, (rows, columns)).unflatten(-1, (p, p, -1))  # (B, rows, columns, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, *self.z_shape)
 
-    def drop_v_head(self) -> "IMF":
+    def drop_v_head(self) -> None:
         """Removes the head that only training needs."""
         if self.config.v_head:
             del self.v_heads, self.v_final_layer
             self.register_to_config(v_head=False)
-        return self

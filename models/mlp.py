@@ -10,8 +10,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-FREQUENCIES = 2  # pi / 2 and pi: of higher ones du/dt would be mostly noise
-
 
 class MLP(ModelMixin, ConfigMixin):
     """net(z, t, h, y) -> u, the average velocity over [t - h, t]; a fresh network returns 0.
@@ -19,6 +17,8 @@ class MLP(ModelMixin, ConfigMixin):
     Args:
         input_size: the sample's axes after the channels.
         hidden_size, depth: width and number of the residual layers.
+        num_frequencies: of the times' sines and cosines: pi / 2, pi, 2 pi, ... With higher ones u can be sharper in the
+            times, and du/dt is noisier.
         num_classes: classes 0..num_classes - 1; num_classes itself is the null class. 0: unconditional, y is None.
     """
 
@@ -26,13 +26,13 @@ class MLP(ModelMixin, ConfigMixin):
     _no_split_modules = []
 
     @register_to_config
-    def __init__(self, input_size, in_channels, num_classes=0, hidden_size=256, depth=4):
+    def __init__(self, input_size, in_channels, num_classes=0, hidden_size=256, depth=4, num_frequencies=3):
         super().__init__()
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         self.z_shape, self.gradient_checkpointing = (in_channels, *size), False
         numbers = math.prod(self.z_shape)
         self.z_embedder = nn.Linear(numbers, hidden_size)
-        self.time_embedder = nn.Linear(4 * FREQUENCIES, hidden_size)
+        self.time_embedder = nn.Linear(4 * num_frequencies, hidden_size)
         self.y_embedder = nn.Embedding(num_classes + 1, hidden_size) if num_classes else None
         layers = [nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, hidden_size)) for _ in range(depth)]
         self.blocks = nn.ModuleList(layers)
@@ -44,7 +44,8 @@ class MLP(ModelMixin, ConfigMixin):
         """Returns u like z. z: (B, C, *S); t, h = t - r: (B,) in [0, 1]; y: (B,) int64, None if unconditional."""
         # du_dt sees this path's rounding amplified, and the path costs next to nothing.
         with torch.autocast(z.device.type, enabled=False):
-            frequency = math.pi / 2 * 2 ** torch.arange(FREQUENCIES, device=z.device, dtype=t.dtype)
+            powers = torch.arange(self.config.num_frequencies, device=z.device, dtype=t.dtype)
+            frequency = math.pi / 2 * 2**powers
             angle = torch.cat([t[:, None] * frequency, h[:, None] * frequency], dim=1)
             times = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.time_embedder.weight.dtype)
             times = self.time_embedder(times)

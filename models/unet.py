@@ -20,7 +20,7 @@ def time_features(half: int, *times: Tensor) -> Tensor:
 
 
 def guidance_features(half: int, t: Tensor, omega: Tensor | None, t_start: Tensor | None, t_end: Tensor | None):
-    """As time_features, of the CFG scale, as 1 - 1 / omega (arXiv:2512.02012), and the times in which guidance acts."""
+    """Returns time_features of 1 - 1 / omega, as in arXiv:2512.02012, and of the times in which guidance acts."""
     omega = torch.ones_like(t) if omega is None else omega
     t_start = torch.zeros_like(t) if t_start is None else t_start
     t_end = torch.ones_like(t) if t_end is None else t_end

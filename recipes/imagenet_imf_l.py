@@ -38,7 +38,7 @@ RECIPE = TrainConfig(
     global_batch=1024,
     lr=1e-4,
     betas=(0.9, 0.95),
-    # 10 epochs. The official code's first update has rate 0, and so moves nothing; ours has 1/12512 of the rate.
+    # 10 epochs. The official code's first update has rate 0, and so moves nothing; ours has 1/12513 of the rate.
     warmup_steps=12512,
     ema_decay=(0.9999,),
     mixed_precision="bf16",

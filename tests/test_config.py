@@ -65,7 +65,7 @@ def test_more_dropped_labels_than_flow_samples_are_refused():
         ({"steps": 0}, "steps must be > 0"),
         ({"steps": 1, "resolution": 0}, "resolution must be > 0"),
         ({"steps": 1, "workers": -1}, "workers must be >= 0"),
-        ({"steps": 1, "normalization": "batch"}, "normalization must be one of scale, channel"),
+        ({"steps": 1, "normalization": "batch"}, "normalization must be one of scale, channel, imf"),
         ({"steps": 1, "lr": -1.0}, "lr must be > 0"),
         ({"steps": 1, "global_batch": 0}, "global_batch must be >= 1"),
         ({"steps": 1, "ema_decay": (1.0,)}, r"ema_decay must be in \[0, 1\)"),

@@ -43,12 +43,16 @@ def test_official_weights_give_the_official_output(suffix, official, tool, tmp_p
         assert_golden(net(golden["x"], golden["t"], golden["h"], **cond), golden["u"])
     card = (tmp_path / "out/README.md").read_text()
     assert "license: mit" in card and "github.com/Lyy-iiis/imeanflow" in card
-    assert f"Of the {len(official)} tensors in weights{suffix} {used} were used; unused: {unused[0]}, " in card
+    assert (
+        f"Of the {len(official)} tensors in weights{suffix} {used} were used; unused: 3, such as {unused[0]}." in card
+    )
 
 
-def test_what_comes_out_is_sampled_pushed_and_begun_from(checkpoint, hub, tool, tmp_path, capfd):
+def test_what_comes_out_is_sampled_pushed_and_begun_from(checkpoint, hub, vae, tool, tmp_path, capfd):
     out = tmp_path / "out"
-    tool("convert", checkpoint, "--format", "imf", "--out", out, *SIZE)
+    tool("convert", checkpoint, "--format", "imf", "--out", tmp_path / "bare", *SIZE)
+    assert "makes 4 channels, latents without a VAE" in tool("sample", tmp_path / "bare", "--out", tmp_path / "x.png")
+    tool("convert", checkpoint, "--format", "imf", "--vae", vae, "--out", out, *SIZE)
     pipe = load_pipeline(out)
     assert (pipe.sampling.guidance_scale, tuple(pipe.sampling.guidance_interval)) == (8.0, (0.4, 0.65))
     assert pipe.config.latents["scale"][0] == pytest.approx(1 / 4.85503674)
@@ -69,7 +73,7 @@ def test_what_comes_out_is_sampled_pushed_and_begun_from(checkpoint, hub, tool, 
 
     data = InMemory(torch.randn(16, 4, 8, 8), torch.arange(16) % 10, 10)
     trainer = Trainer(recipe, Parts(data=lambda recipe: data))
-    assert "has no v head, as exports have none: it starts afresh" in capfd.readouterr().err
+    assert "has no v head, as exports have none: the v head starts afresh" in capfd.readouterr().err
     weights = trainer.net.state_dict()
     begun = pipe.net.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in begun.items()) and "v_heads.0.attn_scale" in weights
@@ -99,7 +103,7 @@ def changed(official: dict, change: str) -> object:
             "half a match: 1 weights have another shape, such as ['shared_blocks.0.attn.q_proj.weight (64, 32)']",
         ),
         ("other", "no weights of improved MeanFlow: x_embedder.proj.weight is missing"),
-        ("pickle", "holds more than weights, which is not run"),
+        ("pickle", "cannot be read as weights alone, and nothing else is read"),
     ],
 )
 def test_half_matches_and_foreign_objects_are_refused(change, message, official, tool, tmp_path):
@@ -112,5 +116,9 @@ def test_a_file_that_is_missing_or_cut_is_refused(checkpoint, tool, tmp_path):
     flags = ("--format", "imf", "--out", tmp_path / "out", *SIZE)
     assert "nowhere.pth is no file" in tool("convert", tmp_path / "nowhere.pth", *flags)
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    assert tool("convert", checkpoint, *flags).startswith("error: ")
+    assert "iMF-tiny-2.pth cannot be read as weights alone" in tool("convert", checkpoint, *flags)
+    checkpoint.write_bytes(b"")
+    assert "iMF-tiny-2.pth cannot be read as weights alone" in tool("convert", checkpoint, *flags)
+    (tmp_path / "x.safetensors").write_bytes(b"no weights")
+    assert "x.safetensors cannot be read as weights alone" in tool("convert", tmp_path / "x.safetensors", *flags)
     assert not (tmp_path / "out").exists()

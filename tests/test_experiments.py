@@ -89,7 +89,7 @@ def test_arm_that_diverges_counts_as_the_worst(small, tool, tmp_path, monkeypatc
 
 
 def test_names_are_checked(tool, tmp_path):
-    assert "there is no experiment ration of scale tiny: cifar10-short," in tool("experiments", "run", "ration")
+    assert "there is no experiment ration of scale tiny: cfg, cifar10-short," in tool("experiments", "run", "ration")
     assert "has no finished experiment" in tool("experiments", "report", "ratio", "--out", tmp_path)
 
 

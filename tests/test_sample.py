@@ -201,7 +201,7 @@ def test_scales_and_intervals_that_cannot_be_end_with_one_line(told_run, digits_
 
 def test_card_of_a_network_that_is_told_the_scale_shows_the_strip(told_run):
     card = (told_run / "pipeline/README.md").read_text()
-    assert "](scales.png)" in card and "One row for each CFG scale: 1, 2, 4, 6" in card
+    assert "](scales.png)" in card and "One row for each CFG scale, 1, 2, 4, 6," in card and "arXiv:2512.02012" in card
     assert Image.open(told_run / "pipeline/scales.png").size == (10 * 34 + 2, 4 * 34 + 2)
     assert "at any CFG scale, trained from 1 to 8, by default 2 for t in [0, 1]" in card
 

@@ -142,6 +142,8 @@ class Improved:
     def __post_init__(self) -> None:
         check_sizes(self)
         check(self.ratio <= 1, "ratio", self.ratio, "at most 1")
+        known = ("iMF-B/2", "iMF-M/2", "iMF-L/2", "iMF-XL/2")
+        check(set(self.models) <= set(known), "models", " ".join(self.models), f"some of {', '.join(known)}")
 
 
 @dataclass(frozen=True)

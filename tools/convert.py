@@ -77,7 +77,8 @@ def main(options: Options) -> None:
     pipe = MeanFlowPipeline(net.eval(), vae, sampling._asdict(), classes, latents)
     about = {"license": imf.LICENSE, "source": imf.SOURCE, "paper": imf.PAPER, "name": source.name}
     about |= {"parameters": net.num_parameters(), "total": len(weights), "used": len(fate["used"])}
-    about |= {"unused": ", ".join(fate["unused"]) or "none", "guidance": sampling.guidance}
+    unused = fate["unused"]
+    about |= {"unused": f"{len(unused)}, such as {unused[0]}" if unused else "none", "guidance": sampling.guidance}
     with export_folder(options.out.expanduser()) as folder:
         pipe.save_pretrained(folder)
         (folder / "README.md").write_text(CARD.format(**about, scale=sampling.guidance_scale))

@@ -58,8 +58,6 @@ def read_recipe(options: Options) -> dict:
 
 
 def report(options: Options) -> None:
-    from functools import partial
-
     import torch
     from sklearn.svm import SVC
 
@@ -69,7 +67,7 @@ def report(options: Options) -> None:
     from meanflow.noise import noise
     from meanflow.pictures import save_grid
     from meanflow.publishing.checkpoints import checkpoints, load_network, read_sampling
-    from meanflow.sampler import average_velocity, euler, sample
+    from meanflow.sampler import average_velocity, euler, guidance_conditions, sample
 
     recipe = read_recipe(options)
     real, held_out = digits(recipe["resolution"] or 8)
@@ -92,7 +90,12 @@ def report(options: Options) -> None:
     @torch.no_grad()
     def generate(folder: Path, solver, num_steps: int) -> torch.Tensor:
         net, how = load_network(folder), read_sampling(folder)
-        u_fn = partial(average_velocity, net, cond={"y": y}, prediction=how["prediction"], t_min=how["t_min"])
+        scale, interval = how.get("guidance_scale"), how.get("guidance_interval")
+
+        def u_fn(z, t, r):
+            told = guidance_conditions(scale, interval, t, is_ode=solver is euler) if how.get("guidance_range") else {}
+            return average_velocity(net, z, t, r, {"y": y, **told}, how["prediction"], how["t_min"])
+
         return solver(u_fn, e, num_steps)
 
     rows = {"real digits, training to held-out": measure(pixels(real.x), y)}

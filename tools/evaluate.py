@@ -340,6 +340,7 @@ def choices(evaluator: Evaluator) -> list[tuple[str, int, float | None]]:
         solver, scale = options.solver or pipe.sampling.solver, next(iter(options.cfg_scale), None)
         pipe.check_choice(solver, scale, options.cfg_interval)
         return [(solver, options.num_steps or STEPS[solver], scale)]
+    pipe.check_choice(pipe.sampling.solver, None, options.cfg_interval)
     found, left_out = [], {}
     for scale in options.cfg_scale or (None,):
         for solver, steps in COMPARED:

@@ -172,7 +172,7 @@ class Runner:
 
 def table(experiment, results) -> list[list[str]]:
     """The rows of a table: the arm, the paper's figure, and mean and spread of each metric."""
-    metrics = list(next(values for values in results.values() if values))
+    metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
     has_paper = any(arm.paper for arm in experiment.arms.values())
     rows = [["arm", *["paper"] * has_paper, *metrics]]
     for arm, values in results.items():
@@ -201,7 +201,7 @@ def plot(name: str, experiment, results, path: Path) -> None:
 
     from meanflow.files import replacing
 
-    metrics = list(next(values for values in results.values() if values))
+    metrics = list(dict.fromkeys(metric for values in results.values() for metric in values))
     picture = figure.Figure(figsize=(8, 0.9 + 0.34 * max(4, len(results))), layout="constrained")
     axes = picture.subplots()
     arms = list(results)[::-1]

@@ -44,7 +44,8 @@ class Options:
     """NAME VALUE...: a further condition of the network; with n values image k has number k modulo n; a vector is
     written with commas: 0.1,0.2. May be given several times"""
     num_images: int | None = None
-    """default: 64, or 8 of each of --classes; with several --cfg-scale images of each: one of each class"""
+    """default: 64, or 8 of each of --classes; with several --cfg-scale: for each scale, and by default one of each
+    class"""
     cfg_scale: tuple[float, ...] = ()
     """a network that is told the CFG scale is told this, at no cost; with another one: classifier-free guidance while
     sampling, two evaluations a step. Several: x.png has a row for each, of the same noise. Default: the checkpoint's
@@ -243,6 +244,7 @@ def main(options: Options) -> None:
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
+    from meanflow.files import ensure
     from meanflow.publishing.checkpoints import load_pipeline
     from meanflow.publishing.export import cast
     from meanflow.sampler import STEPS
@@ -261,9 +263,12 @@ def main(options: Options) -> None:
     else:
         per_scale = options.num_images or (8 * len(options.classes) or 64)
     count = per_scale * len(scales)
-    check(options.out.suffix != ".png" or count <= PICTURE, "num_images", count, f"at most {PICTURE} in one picture")
+    fits = options.out.suffix != ".png" or count <= PICTURE
+    check(fits, "num_images", per_scale, f"such that one picture has at most {PICTURE} images")
     if volumes and options.out.suffix == ".npz":
         raise ValueError(f"out must be a folder or x.png for volumes, got {options.out}")
+    is_picture = volumes or pipe.vae is not None or pipe.shape[0] in (1, 3)
+    ensure(is_picture, f"{options.checkpoint} makes {pipe.shape[0]} channels, latents without a VAE: pictures need one")
     if options.classes and not pipe.num_classes:
         raise ValueError("classes are for networks with classes, and this one has none: leave them out")
     size = count * math.prod(pipe.shape)

@@ -196,7 +196,9 @@ class EncodedImages(LatentSpace):
 
     def __init__(self, images: Data, recipe):
         if recipe.normalization == "channel":
-            raise ValueError("normalization must be scale without a cache, which has the statistics, got channel")
+            raise ValueError(
+                "normalization must be scale or imf without a cache, which has the statistics, got channel"
+            )
         vae = load_vae(recipe.vae)
         factor = vae.config.scaling_factor
         check(

@@ -198,7 +198,8 @@ def rarely_exceeded(k: int, needs: int, interval: float, num_flow: int, flow: fl
     """The number of predictions that at most 1 of 2,000 micro-batches exceeds, at least 1.
 
     Args:
-        k, num_flow: rows with r != t, which need so many predictions if they are guided, and with r = t, which need 1.
+        k, num_flow: rows with r != t, and with r = t.
+        needs: predictions that a guided r != t row needs; a guided r = t row needs 1.
         interval, flow: the probability that such a row is guided.
     """
     chances = torch.ones(1, dtype=torch.float64)  # of each number of predictions, from 0 on

@@ -2,7 +2,8 @@
 
 The network is told the scale omega and the interval [t_start, t_end] of times in which guidance acts; its attribute
 takes_omega says so. It may have a second head for the instantaneous velocity v, with a loss of its own:
-net.trunk(z, t, h, **cond) returns what net.u and net.v read. Without that head, v is u at h = 0.
+net.trunk(z, t, h, **cond) returns what net.u and net.v read, and net.v_heads are its layers. Without that head, v is u
+at h = 0.
 """
 
 from collections.abc import Sequence
@@ -57,8 +58,9 @@ def is_inside(t: Tensor, cond: Cond) -> Tensor:
     return (cond["t_start"] <= t) & (t <= cond["t_end"])
 
 
-def num_null(config: ImprovedMeanFlowConfig, batch: int, steps: int = 1000) -> int:
+def num_null(config: ImprovedMeanFlowConfig, batch: int) -> int:
     """How many rows of a batch get a prediction of the null class, of which at most 1 in 2,000 batches needs more."""
+    steps = 100
     edges = [below(config, step / steps) for step in range(steps + 1)]
     # A random interval holds t with probability 1 - |2 t - 1|.
     inside = sum((b - a) * (1 - abs((2 * step + 1) / steps - 1)) for step, (a, b) in enumerate(zip(edges, edges[1:])))
@@ -86,6 +88,10 @@ class ImprovedMeanFlow(MeanFlow):
         (x, draws, cond), config = batch, self.config
         t, r, k = draws.t, draws.r, num_meanflow(config, len(x))
         self.check_batch(batch, k)
+        if "omega" not in draws.cond:
+            raise ValueError(
+                "draws must have omega, t_start and t_end in cond: make them by ImprovedMeanFlow.make_draws"
+            )
         z_t = (1 - expand(t, x)) * x + expand(t, x) * draws.e
         cond = {**cond, **draws.cond}
         seen = {**cond, "y": torch.where(draws.drop, self.net.config.num_classes, cond["y"])}
@@ -95,7 +101,7 @@ class ImprovedMeanFlow(MeanFlow):
         V = v = draws.e[:0]
         if k < len(x):
             V, features = self.u_and_features(z_t[flow], t[flow], r[flow], select(seen, flow))
-            v = self.v_of(V, features, z_t[flow], t[flow])
+            v = self.v_of(features, z_t[flow], t[flow]) if self.has_v_head else V
         v_g, v_c = self.guide(draws.e - x, z_t, t, cond, v, draws)
         if k:
             u_fn = partial(self.u_and_features, cond=select(seen, slice(k)))
@@ -103,7 +109,8 @@ class ImprovedMeanFlow(MeanFlow):
             tangents = v_c[:k], torch.ones_like(t[:k]), torch.zeros_like(t[:k])
             (u, features), (du_dt, _) = self.jvp(u_fn, (z_t[:k], t[:k], r[:k]), tangents)
             V = torch.cat([u + expand(t - r, x)[:k] * du_dt, V])
-            v = torch.cat([self.v_of(u, features, z_t[:k], t[:k]), v])
+            if self.has_v_head:
+                v = torch.cat([self.v_of(features, z_t[:k], t[:k]), v])
             metrics["du_dt"] = du_dt.flatten(1).norm(dim=1).mean()
 
         squared_error = (V - v_g).square()
@@ -125,17 +132,15 @@ class ImprovedMeanFlow(MeanFlow):
         features = self.net.trunk(z, t, t - r, **cond)
         return as_velocity(self.net.u(features), z, t, self.config.prediction, self.config.t_min), features
 
-    def v_of(self, u: Tensor, features: Tensor | tuple, z: Tensor, t: Tensor) -> Tensor:
-        """The v head's prediction; without such a head u, which is v where r = t."""
-        if not self.has_v_head:
-            return u
+    def v_of(self, features: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The v head's prediction."""
         return as_velocity(self.net.v(features), z, t, self.config.prediction, self.config.t_min)
 
     def v_at(self, z: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """v(z, t | cond), at h = 0."""
         if not self.has_v_head:
             return self.u(z, t, t, cond)
-        return self.v_of(z, self.net.trunk(z, t, torch.zeros_like(t), **cond), z, t)
+        return self.v_of(self.net.trunk(z, t, torch.zeros_like(t), **cond), z, t)
 
     @torch.no_grad()
     def guide(self, v: Tensor, z_t: Tensor, t: Tensor, cond: Cond, v_flow: Tensor, draws: Draws):
@@ -166,6 +171,13 @@ class ImprovedMeanFlow(MeanFlow):
         if not getattr(net, "takes_omega", False):
             advice = "iMF-B/2, or --net takes_omega 1 with DiT, UNet or UNet-cifar"
             raise ValueError(f"objective: ImprovedMeanFlow needs a network that takes the CFG scale: {advice}")
+
+    @classmethod
+    def warnings(cls, config: ImprovedMeanFlowConfig, global_batch: int) -> list[str]:
+        found = super().warnings(config, global_batch)
+        if config.meanflow_ratio == 1:
+            found.append("no sample has r = t (meanflow_ratio 1), so v, which guidance reads at h = 0, is not trained")
+        return found
 
     @classmethod
     def guidance(cls, config: ImprovedMeanFlowConfig) -> dict:

@@ -177,6 +177,8 @@ class MeanFlow(Objective):
     def check_guidance(cls, config: MeanFlowConfig, net: nn.Module, num_classes: int) -> None:
         if config.guided and not num_classes:
             raise ValueError("objective.omega and objective.kappa must be 1 and 0 for data without classes")
+        if hasattr(net, "v_heads"):
+            raise ValueError("model: this network has a v head, which only ImprovedMeanFlow trains: --net v_head 0")
 
     @classmethod
     def sampling(cls, config: VelocityConfig) -> Sampling:

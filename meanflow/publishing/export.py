@@ -15,12 +15,8 @@ from meanflow.files import checksum, checksums, ensure, errors_as, read_json, wr
 from meanflow.pictures import middle_slices, save_grid
 from meanflow.publishing.checkpoints import CHECKSUMS, INDEX, checkpoints, find_checkpoint, load_pipeline, saved_step
 
-SCALES = "scales.png"
-SCALES_TEXT = f"""![samples at CFG scales 1, 2, 4 and 6]({SCALES})
-
-One row for each CFG scale: 1, 2, 4, 6, of the same noise. `pipe(..., guidance_scale=4.0)` chooses one, at no cost.
-
-"""
+# The papers of the objectives.
+PAPERS = {"MeanFlow": "2505.13447", "ImprovedMeanFlow": "2512.02012"}
 
 
 def export(source: Path, out: Path, ema=None, variants=(), license="other", datasets=(), trust_remote_code=False):
@@ -42,9 +38,9 @@ def export(source: Path, out: Path, ema=None, variants=(), license="other", data
         metrics = source.parent / "metrics.json"
         is_newest = ema is None and source in checkpoints(source.parent)[-1:]
         measured = metrics_table(metrics) if is_newest and metrics.is_file() else ""
-        (folder / "README.md").write_text(model_card(source, pipe, license, datasets, measured))
         save_picture(source, pipe, folder / "samples.png", is_first_average=ema is None)
-        save_scales(pipe, folder / SCALES)
+        more = save_scales(pipe, folder / "scales.png") + measured
+        (folder / "README.md").write_text(model_card(source, pipe, license, datasets, more))
         for variant in variants:
             pipe = load_pipeline(source, ema, trust_remote_code=trust_remote_code)
             cast(pipe, variant).save_pretrained(folder, variant=variant)
@@ -84,11 +80,22 @@ def save_picture(source: Path, pipe, path: Path, is_first_average: bool) -> None
         save_grid(middle_slices(x) if x.ndim == 5 else 2 * x - 1, path, len(x))
 
 
-def save_scales(pipe, path: Path) -> None:
-    """Of a network that is told the CFG scale: one sample of each of up to ten classes, a row for each scale."""
-    if pipe.sampling.guidance_range is not None and not pipe.condition_names(required=True):
-        x = torch.cat([one_of_each_class(pipe, guidance_scale=scale) for scale in (1.0, 2.0, 4.0, 6.0)])
-        save_grid(2 * x - 1, path, len(x) // 4)
+def save_scales(pipe, path: Path) -> str:
+    """Of a network that is told the CFG scale: one sample of each of up to ten classes, a row for each trained scale.
+
+    Returns:
+        what the model card says of the picture; nothing where there is none.
+    """
+    is_image = pipe.vae is not None or (len(pipe.shape) == 3 and pipe.shape[0] in (1, 3))
+    if pipe.sampling.guidance_range is None or pipe.condition_names(required=True) or not is_image:
+        return ""
+    scales = [scale for scale in (1, 2, 4, 6) if scale <= pipe.sampling.guidance_range[1]]
+    rows = [one_of_each_class(pipe, guidance_scale=scale) for scale in scales]
+    save_grid(2 * torch.cat(rows) - 1, path, len(rows[0]))
+    shown = ", ".join(map(str, scales))
+    picture = f"![samples at CFG scales {shown}]({path.name})"
+    fact = f"One row for each CFG scale, {shown}, of the same noise."
+    return f"{picture}\n\n{fact} `pipe(..., guidance_scale=2.0)` chooses one, at no cost.\n\n"
 
 
 def one_of_each_class(pipe, **how) -> torch.Tensor:
@@ -107,8 +114,12 @@ def cast(pipe, dtype: str | None):
     return pipe
 
 
-def model_card(source: Path, pipe, license: str, datasets: tuple[str, ...], measured: str) -> str:
-    """The model card. It names no place on this machine: the fields of the recipe that do are left out."""
+def model_card(source: Path, pipe, license: str, datasets: tuple[str, ...], more: str) -> str:
+    """The model card. It names no place on this machine: the fields of the recipe that do are left out.
+
+    Args:
+        more: what it says before the recipe.
+    """
     from huggingface_hub import ModelCardData
 
     recipe, metadata = (read_json(source / f"{name}.json") for name in ("recipe", "data"))
@@ -128,8 +139,8 @@ def model_card(source: Path, pipe, license: str, datasets: tuple[str, ...], meas
         steps=f"{saved_step(source):,}",
         num_classes=len(pipe.id2label),
         call=f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4",
-        measured=measured,
-        scales=SCALES_TEXT if pipe.sampling.guidance_range else "",
+        more=more,
+        paper=PAPERS.get(recipe["objective_class"], PAPERS["MeanFlow"]),
         recipe=json.dumps({name: fields[name] for name in names if fields[name] is not None}, indent=2),
     )
 

@@ -43,7 +43,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         self.register_modules(net=net, vae=vae)
         newer = {"guidance_range": None, "guidance_interval": None}  # than version 0.1
         self.sampling = SimpleNamespace(**{**newer, **sampling})
-        self.said = set()  # the scales that were warned of
+        self.said = set()  # warnings
         self.id2label = {int(index): name for index, name in (id2label or {}).items()}
         self.register_to_config(sampling=sampling, id2label=id2label or {}, latents=latents)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
@@ -92,6 +92,8 @@ class MeanFlowPipeline(DiffusionPipeline):
             ensure(is_told, "guidance_interval is for networks that are told the CFG scale, and this one is not")
             start, end = guidance_interval
             ensure(0 <= start <= end <= 1, f"guidance_interval must be times 0 <= start <= end <= 1, got {start} {end}")
+            if not start <= 0.5 <= end:
+                self.warn(f"guidance_interval {start:g} {end:g} is outside of what was trained, which holds 0.5")
         if guidance_scale is None:
             return
         trained, scale = self.sampling.guidance_scale, f"guidance_scale {guidance_scale:g}"
@@ -99,9 +101,8 @@ class MeanFlowPipeline(DiffusionPipeline):
         if self.sampling.guidance_range is not None:
             least, most = self.sampling.guidance_range
             ensure(guidance_scale >= least, f"{scale} must be >= {least:g}, which is no guidance")
-            if guidance_scale > most and guidance_scale not in self.said:
-                self.said.add(guidance_scale)
-                logger.warning(f"{scale} is outside of what was trained, {least:g} to {most:g}")
+            if guidance_scale > most:
+                self.warn(f"{scale} is outside of what was trained, {least:g} to {most:g}")
             return
         ensure(self.num_classes > 0, f"{scale} needs classes, and this network has none: leave it out")
         if trained is not None and abs(guidance_scale - trained) > 1e-3 * trained:
@@ -115,10 +116,17 @@ class MeanFlowPipeline(DiffusionPipeline):
             fact = f"{scale} needs the null class at r < t, which was trained only at r = t (null_class flow)"
             raise ValueError(f"{fact}: leave it out, or use solver euler with 50 steps")
 
+    def warn(self, words: str) -> None:
+        """Warns once."""
+        if words not in self.said:
+            self.said.add(words)
+            logger.warning(words)
+
     def condition_names(self, required: bool = False) -> list[str]:
         """The conditions beside the class that the network takes, or only those that it cannot do without."""
         parameters = list(inspect.signature(self.net.forward).parameters.values())[3:]  # without z, t and h
-        named = [p for p in parameters if p.name not in {"y", *OF_GUIDANCE}]
+        is_told = hasattr(self.net, "takes_omega")
+        named = [p for p in parameters if p.name not in {"y", *(OF_GUIDANCE if is_told else ())}]
         return [p.name for p in named if p.default is p.empty or not required]
 
     def conditions(self, class_labels, cond: dict | None, batch_size: int) -> dict[str, torch.Tensor]:
@@ -144,20 +152,12 @@ class MeanFlowPipeline(DiffusionPipeline):
         return given
 
     def guidance_at(self, t: torch.Tensor, solver: str, scale: float | None, interval=None) -> dict[str, torch.Tensor]:
-        """The conditions that tell a network the CFG scale, at times t, (B,); none for a network that is not told.
-
-        ODE solvers need v, u at r = t, which was trained with the interval [0, 1]: outside of the interval they ask for
-        v at scale 1.
-        """
+        """The conditions that tell a network the CFG scale, at times t, (B,); none for a network that is not told."""
         if self.sampling.guidance_range is None:
             return {}
         scale = self.sampling.guidance_scale if scale is None else scale
-        start, end = self.sampling.guidance_interval if interval is None else interval
-        if solver == "meanflow":
-            return guidance_conditions(scale, (start, end), t)
-        is_inside = (start <= t) & (t <= end)
-        everywhere = guidance_conditions(scale, (0.0, 1.0), t)
-        return {**everywhere, "omega": torch.where(is_inside, everywhere["omega"], 1.0)}
+        interval = self.sampling.guidance_interval if interval is None else interval
+        return guidance_conditions(scale, interval, t, is_ode=solver != "meanflow")
 
     @torch.no_grad()
     def __call__(

@@ -23,7 +23,7 @@ from meanflow.config import FREE_ON_RESUME, Refusal, TrainConfig, check, differe
 from meanflow.fetch import fetch
 from meanflow.files import checksums, ensure, errors_as, first_line, read_json, sync, unused, write_json
 from meanflow.objectives.base import Objective
-from meanflow.program import Shared
+from meanflow.program import Shared, speaks_first
 from meanflow.publishing.checkpoints import (
     CHECKSUMS,
     INDEX,
@@ -305,11 +305,11 @@ def init_weights(net: torch.nn.Module, source: str) -> None:
     folder = next((folder / name for name in ("model", "net") if (folder / name).is_dir()), folder)
     with errors_as(f"init_from: {source} has no weights for this network"):
         other = check_finite(type(net).from_pretrained(folder), source)
-        has_v_head = other.config.get("v_head") == net.config.get("v_head")
-        missing, _ = net.load_state_dict(other.state_dict(), strict=has_v_head)
+        lacks_v_head = net.config.get("v_head", False) and not other.config.get("v_head")
+        missing, _ = net.load_state_dict(other.state_dict(), strict=not lacks_v_head)
         ensure(all(name.startswith("v_") for name in missing), f"it lacks {missing[:1]}")
-        if missing:
-            print(f"{source} has no v head, as exports have none: it starts afresh", file=sys.stderr)
+        if lacks_v_head and speaks_first():
+            print(f"{source} has no v head, as exports have none: the v head starts afresh", file=sys.stderr)
     sizes = (json.loads(network.to_json_string()) for network in (other, net))
     for name, there, here in different(*sizes, {"dropout", "input_size", "img_resolution", "v_head"}):
         if not name.startswith("_"):  # a size that the shapes of the weights may not show

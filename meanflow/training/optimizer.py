@@ -32,6 +32,7 @@ def make_optimizer(objective, recipe, make=None) -> torch.optim.Optimizer:
 def split_by_decay(objective, groups: list[dict], weight_decay: float) -> list[dict]:
     """Each group once with the weight decay, and once without, for its norms, biases and embeddings."""
     embeddings = {id(p) for m in objective.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    embeddings |= {id(p) for name, p in objective.named_parameters() if name.endswith("_tokens")}
     split = []
     for group in groups:
         spared = [p for p in group["params"] if p.ndim < 2 or id(p) in embeddings]

@@ -26,7 +26,9 @@ def count(plan: Plan) -> tuple[int, int, list[bool]]:
     without_computing = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
     with without_computing:
         net = type(plan.net).from_config(plan.net.config)
-        net.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+        # An objective may call a network with two heads in parts, of which the patches' embedder is the first.
+        first = net.x_embedder if hasattr(net, "trunk") else net
+        first.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
         if recipe.activation_checkpointing:
             net.enable_gradient_checkpointing()
         objective = plan.objective(net, recipe.objective).train()

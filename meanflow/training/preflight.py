@@ -61,7 +61,7 @@ def make_net(recipe: TrainConfig, data: Data, own: type[ModelMixin] | None = Non
     check(kind is not None, "model", recipe.model, f"one of {', '.join(MODELS)}")
     if own is None:
         for name, value in sizes.items():
-            least = 0 if name in ("dropout", "augment_dim", "attention") else 1e-9
+            least = 0 if name in ("dropout", "augment_dim", "attention", "takes_omega", "v_head") else 1e-9
             numbers = value if isinstance(value, tuple) else (value,)
             check(all(least <= n < 2**16 for n in numbers), f"net.{name}", value, "> 0 and smaller than 65,536")
         small = SMALL.get(recipe.model, SMALL.get(recipe.model.split("-")[0], {})) if recipe.smoke else {}

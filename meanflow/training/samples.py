@@ -47,8 +47,10 @@ def one_step(recipe, data, net, sampling, indices: range, y: torch.Tensor | None
         places = [index % len(data) for index in indices]
         _, cond = data.batch(places, [generator(recipe.seed, place, "data") for place in places])
     cond = cond if y is None else {**cond, "y": y}
+    is_ode = sampling.solver != "meanflow"  # without r != t, u is known only at r = t
     if sampling.guidance_range is not None:
-        cond |= guidance_conditions(sampling.guidance_scale, sampling.guidance_interval, torch.ones(len(indices)))
+        ones = torch.ones(len(indices))
+        cond |= guidance_conditions(sampling.guidance_scale, sampling.guidance_interval, ones, is_ode)
     e, cond = send_to_device((noise(recipe.seed, indices, data.shape), cond), device)
-    solver = sample if sampling.solver == "meanflow" else euler  # without r != t, u is known only at r = t
+    solver = euler if is_ode else sample
     return solver(lambda z, t, r: average_velocity(net, z, t, r, cond, sampling.prediction, sampling.t_min), e, 1)

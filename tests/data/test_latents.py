@@ -30,7 +30,7 @@ def write(folder: Path, sizes: tuple[int, ...] = (5, 3, 4), **settings) -> np.nd
     random = np.random.default_rng(0)
     settings = {"shape": SHAPE, "classes": CLASSES, "vae": "some/vae", "vae_sha256": None, **settings}
     claim_cache(folder, {"resolution": 32, "scaling_factor": 0.5, "shift_factor": None, **settings})
-    moments = random.standard_normal((sum(sizes), *SHAPE)).astype(np.float16)
+    moments = random.standard_normal((sum(sizes), *settings["shape"])).astype(np.float16)
     moments[:, :, 1] = 0.1 + np.abs(moments[:, :, 1])
     moments[:, 1, 0] += 100
     start = 0
@@ -101,6 +101,19 @@ def test_scaling_is_the_vaes_and_channel_normalisation_the_caches(tmp_path):
     same = channel.normalize(raw / scale + shift)
     torch.testing.assert_close(latents.batch([0, 1], generators(2))[0], same, rtol=1e-4, atol=1e-4)
     assert shift.item() == 0.25 and scale.item() == 0.5
+
+
+def test_normalisation_by_the_official_constants_of_improved_meanflow(tmp_path):
+    """(latent - mean) / std of the latents before any scaling; only for four channels."""
+    write(tmp_path / "cache", (8,), shape=(2, 2, 4, 4, 4))
+    raw = Latents(tmp_path / "cache", RECIPE).batch([0, 1], generators(2))[0] / 0.5
+    latents = Latents(tmp_path / "cache", replace(RECIPE, normalization="imf"))
+    mean = torch.tensor([0.86488, -0.27787343, 0.21616915, 0.3738409]).view(4, 1, 1)
+    std = torch.tensor([4.85503674, 5.31922414, 3.93725398, 3.9870003]).view(4, 1, 1)
+    torch.testing.assert_close(latents.batch([0, 1], generators(2))[0], (raw - mean) / std, rtol=1e-5, atol=1e-5)
+    write(tmp_path / "three", (8,))
+    with pytest.raises(ValueError, match="normalization must be another one for latents of 3 channels, got imf"):
+        Latents(tmp_path / "three", replace(RECIPE, normalization="imf"))
 
 
 def test_statistics_count_both_flips(tmp_path):

@@ -9,10 +9,11 @@ from conftest import DEVICES, GOLDEN, TOLD, assert_golden, batch_of, imf_weights
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meanflow.config import ImprovedMeanFlowConfig
+from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig
 from meanflow.objectives.draws import Draws, order_slots
 from meanflow.objectives.improved import ImprovedMeanFlow, draw_guidance, guided_rows, make_draws, num_null
 from meanflow.objectives.jvp import jvp
+from meanflow.objectives.meanflow import MeanFlow
 from meanflow.sampler import average_velocity, sample
 from models.dit import DiT
 from models.imf import IMF, rotate
@@ -262,7 +263,6 @@ def test_scales_have_their_density(beta):
 
 def test_draws_are_a_function_of_the_slot_and_leave_those_of_meanflow_alone():
     """The same slot in another micro-batch, and the noise and times of the plain objective."""
-    from meanflow.config import MeanFlowConfig
     from meanflow.objectives.draws import make_draws as plain
 
     config = ImprovedMeanFlowConfig(0.5)
@@ -327,3 +327,10 @@ def test_options_that_cannot_be_are_refused(changes, message):
 def test_networks_that_cannot_be_guided_are_refused(net, classes, message):
     with pytest.raises(ValueError, match=message):
         ImprovedMeanFlow.check(ImprovedMeanFlowConfig(), net(), (3, 4, 4), classes)
+
+
+def test_the_plain_objective_refuses_a_head_that_it_would_not_train():
+    """Else DDP ends with a traceback at the second step, and a resume fails."""
+    with pytest.raises(ValueError, match="has a v head, which only ImprovedMeanFlow trains: --net v_head 0"):
+        MeanFlow.check(MeanFlowConfig(), TOLD["iMF"](), (3, 4, 4), 5)
+    MeanFlow.check(MeanFlowConfig(), IMF(4, 2, 3, 32, 2, 2, 1, v_head=False), (3, 4, 4), 5)

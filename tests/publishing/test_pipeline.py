@@ -183,6 +183,8 @@ def test_scale_outside_of_what_was_trained_is_sampled_and_said(caplog):
     pipe = told_pipeline("DiT, omega")
     assert pipe([1], guidance_scale=10.5, output_type="pt").images.isfinite().all()
     assert "guidance_scale 10.5 is outside of what was trained, 1 to 8" in caplog.text
+    pipe([1], guidance_interval=(0.6, 0.9), output_type="pt")
+    assert "guidance_interval 0.6 0.9 is outside of what was trained, which holds 0.5" in caplog.text
 
 
 def test_flow_matching_network_is_sampled_by_euler():

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from meanflow.config import MeanFlowConfig, TrainConfig
+from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig, TrainConfig
 from meanflow.data.loader import make_loader
 from meanflow.data.sources import load_data
-from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.plan import count, render
 from meanflow.training.preflight import make_net, preflight
 from tools.benchmark import Way, count_bytes
@@ -26,15 +25,22 @@ def make_plan(recipe: TrainConfig):
     return preflight(recipe, load_data(recipe), recipe.plan[1])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_counts_are_those_of_a_real_step(checkpointing):
+IMPROVED = {
+    "model": "iMF-B/2",
+    "net": {"depth": 3, "hidden_size": 32, "num_heads": 2, "aux_head_depth": 2},
+    "objective": ImprovedMeanFlowConfig(),
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, IMPROVED], ids=["", "again", "improved"])
+def test_counts_are_those_of_a_real_step(changes):
     """FLOPs and bytes of the same micro-batch, computed."""
-    recipe = replace(RECIPE, activation_checkpointing=checkpointing)
+    recipe = replace(RECIPE, **changes)
     plan, data = make_plan(recipe), load_data(recipe)
-    objective = MeanFlow(make_net(recipe, data), recipe.objective).train()
-    if checkpointing:
+    objective = plan.objective(make_net(recipe, data), recipe.objective).train()
+    if recipe.activation_checkpointing:
         objective.net.enable_gradient_checkpointing()
-    batch = next(iter(make_loader(recipe, MeanFlow, data, range(1), 0, 2)))
+    batch = next(iter(make_loader(recipe, plan.objective, data, range(1), 0, 2)))
 
     def loss():
         with torch.autocast("cpu", torch.bfloat16):

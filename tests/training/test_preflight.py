@@ -123,7 +123,7 @@ def test_too_little_disk_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
     [
         ({"global_batch": 6}, 4, r"global_batch must be a multiple of processes x accumulation_steps \(4 x 1\), got 6"),
         ({"global_batch": 8}, 4, "a micro-batch of 2 cannot hold its exact share"),
-        ({"model": "DiT-XS/16"}, 1, "model must be one of"),
+        ({"model": "DiT-XS/3"}, 1, "model must be one of"),
         ({"model": "DiT-XS/8", "data": "12 x 12"}, 1, "12.*patch"),
         (
             {"objective": MeanFlowConfig(channel_weights=(1.0, 2.0))},

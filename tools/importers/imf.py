@@ -2,9 +2,10 @@
 
 from safetensors.torch import load_file
 
+from meanflow.config import ImprovedMeanFlowConfig
 from meanflow.data.latents import IMF_MEAN, IMF_STD
-from meanflow.files import ensure
-from meanflow.objectives.base import Sampling
+from meanflow.files import ensure, errors_as
+from meanflow.objectives.improved import ImprovedMeanFlow
 
 LICENSE = "mit"
 SOURCE = "https://github.com/Lyy-iiis/imeanflow"
@@ -22,16 +23,12 @@ def read(path) -> dict:
     Raises:
         ValueError: it is neither, or holds something else than weights.
     """
-    import pickle
-
     import torch
 
-    try:
+    with errors_as(f"{path} cannot be read as weights alone, and nothing else is read"):
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than weights, which is not run: {error.args[0].splitlines()[0]}") from None
     is_weights = isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values())
     ensure(is_weights, f"{path} must hold a dictionary of tensors")
     return weights
@@ -91,14 +88,6 @@ def convert(weights: dict, input_size: int):
     ensure(not wrong, f"half a match: {len(wrong)} weights have another shape, such as {wrong[:1]}")
     net.load_state_dict({name: known[name] for name in wanted})
     scale, interval = RECOMMENDED.get((depth, width), RECOMMENDED[12, 768])
-    guidance = (
-        f"at any CFG scale, trained from 1 to 8, by default {scale:g} for t in [{interval[0]:g}, {interval[1]:g}]"
-    )
-    sampling = Sampling(
-        guidance_scale=scale,
-        guidance_interval=interval,
-        guidance_range=(1.0, 8.0),
-        null_class="flow",
-        guidance=guidance,
-    )
+    config = ImprovedMeanFlowConfig(null_class="flow", guidance_scale=scale, guidance_interval=interval)
+    sampling = ImprovedMeanFlow.sampling(config)
     return net, sampling, {"shift": list(IMF_MEAN), "scale": [1 / std for std in IMF_STD]}, fate
