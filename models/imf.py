@@ -39,6 +39,13 @@ class ScalarEmbedder(nn.Module):
             return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
+class RMSNorm(nn.RMSNorm):
+    """With the weight in the input's precision, as autocast has it for linear layers: the fused kernel needs that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def rotary_angles(num_tokens: int, head_size: int) -> Tensor:
     """The angle by which each pair of channels is rotated at each place, (N, head_size / 2)."""
     frequency = 10000.0 ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
@@ -64,8 +71,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
-        self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.q_norm = RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.k_norm = RMSNorm(hidden_size // num_heads, eps=1e-6)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
@@ -79,10 +86,10 @@ class Attention(nn.Module):
 class IMFBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
-        self.norm1 = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm1 = RMSNorm(hidden_size, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.attn_scale = nn.Parameter(torch.zeros(hidden_size))
-        self.norm2 = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm2 = RMSNorm(hidden_size, eps=1e-6)
         self.mlp = SwiGLU(hidden_size, int(hidden_size * 8 / 3), bias=False)
         self.mlp_scale = nn.Parameter(torch.zeros(hidden_size))
 
@@ -96,7 +103,7 @@ class IMFBlock(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, out_features: int):
         super().__init__()
-        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.norm = RMSNorm(hidden_size, eps=1e-6)
         self.linear = nn.Linear(hidden_size, out_features)
 
     def forward(self, x: Tensor) -> Tensor:

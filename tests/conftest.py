@@ -22,7 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from meanflow.objectives.base import Batch
+from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig
+from meanflow.objectives import OBJECTIVES
+from meanflow.objectives.base import Batch, Objective
 from models.dit import DiT
 from models.imf import IMF
 from models.unet import UNet, UNetCifar
@@ -152,6 +154,16 @@ TOLD = {
     "UNet, omega": partial(zoo, partial(UNet, 8, 3, (16, 32), (False, True), 1, takes_omega=True)),
     "UNet-cifar, omega": partial(zoo, partial(UNetCifar, 8, 3, 3, 16, (1, 1), 1, 0.0, takes_omega=True)),
 }
+
+# Each network with the guided objective that goes with it.
+GUIDED = MeanFlowConfig(omega=0.2, kappa=0.92, t_end=0.75)
+GUIDED_ZOO = {name: (make, GUIDED) for name, make in ZOO.items()}
+GUIDED_ZOO |= {name: (make, ImprovedMeanFlowConfig()) for name, make in TOLD.items()}
+
+
+def guided(name: str) -> Objective:
+    make, config = GUIDED_ZOO[name]
+    return OBJECTIVES[type(config)](make(), config)
 
 
 def save_photos(folder: Path, count: int) -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ZOO, batch_of, perturbed
+from conftest import GUIDED, GUIDED_ZOO, ZOO, batch_of, guided, perturbed
 from safetensors.torch import load_file
 
-from meanflow.config import MeanFlowConfig, TrainConfig
+from meanflow.config import ImprovedMeanFlowConfig, TrainConfig
 from meanflow.data.loader import make_loader
 from meanflow.data.sources import digits, load_data
 from meanflow.evaluation.distances import energy_distance
 from meanflow.noise import noise
-from meanflow.objectives.draws import make_draws, order_slots
+from meanflow.objectives.draws import order_slots
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.publishing.checkpoints import checkpoints, load_network
 from meanflow.sampler import average_velocity, sample
@@ -28,7 +28,6 @@ from meanflow.training.trainer import Trainer
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not --cuda")]
 ROOT = Path(__file__).parents[1]
-GUIDED = MeanFlowConfig(omega=0.2, kappa=0.92, t_end=0.75)
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +44,11 @@ def recipe(tmp_path) -> Iterator[TrainConfig]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def on_gpu(net, step: int):
+def on_gpu(objective: MeanFlow, step: int):
     """A guided batch of 32 on the GPU."""
-    draws = make_draws(GUIDED, net.z_shape, 0, order_slots(GUIDED, range(step * 32, step * 32 + 32), 32)).to("cuda")
+    net, config = objective.net, objective.config
+    slots = order_slots(config, range(step * 32, step * 32 + 32), 32)
+    draws = objective.make_draws(config, net.z_shape, 0, slots).to("cuda")
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(32, *net.z_shape, generator=generator)
     return batch_of(x.to("cuda"), torch.randint(5, (32,), generator=generator).to("cuda"), draws)
@@ -56,7 +57,7 @@ def on_gpu(net, step: int):
 def loss_and_gradient(objective: MeanFlow, step: int) -> tuple[float, torch.Tensor]:
     torch.manual_seed(step)
     objective.zero_grad()
-    loss = objective(on_gpu(objective.net, step)).loss
+    loss = objective(on_gpu(objective, step)).loss
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
 
@@ -73,11 +74,11 @@ def test_evaluation_on_a_gpu_is_that_on_the_cpu(recipe):
 
 
 @pytest.mark.parametrize("options", [{}, {"triton.cudagraphs": True}], ids=["compiled", "in CUDA graphs"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", GUIDED_ZOO)
 def test_compiled_steps_are_the_eager_ones(name, options):
     """With dropout by PyTorch's own generator; in CUDA graphs without dropout, whose masks would differ."""
     torch._dynamo.reset()
-    objective, compiled = MeanFlow(ZOO[name]().cuda(), GUIDED), MeanFlow(ZOO[name]().cuda(), GUIDED)
+    objective, compiled = guided(name).cuda(), guided(name).cuda()
     if options:
         objective.eval(), compiled.eval()
     compile_objective(compiled, fallback_random=not options, **options)
@@ -88,9 +89,17 @@ def test_compiled_steps_are_the_eager_ones(name, options):
             assert (found_gradient - gradient).norm() < 1e-4 * gradient.norm()
 
 
+IMF = {"model": "iMF-B/2", "net": {"depth": 3, "hidden_size": 64, "num_heads": 4, "aux_head_depth": 2}}
+WAITLESS = {
+    "DiT": {"model": "DiT-XS/4"},
+    "UNet": {"model": "UNet-digits"},
+    "iMF": {**IMF, "objective": ImprovedMeanFlowConfig()},
+}
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("model", ["DiT-XS/4", "UNet-digits"])
-def test_no_step_waits_for_the_gpu(recipe, model, compiled, monkeypatch):
+@pytest.mark.parametrize("changes", WAITLESS.values(), ids=WAITLESS)
+def test_no_step_waits_for_the_gpu(recipe, changes, compiled, monkeypatch):
     """PyTorch raises where the host would wait; watched from the third step on, when everything is compiled."""
 
     def watch(method):
@@ -106,7 +115,7 @@ def test_no_step_waits_for_the_gpu(recipe, model, compiled, monkeypatch):
 
     for name in ("train_step", "after_step"):
         monkeypatch.setattr(Trainer, name, watch(getattr(Trainer, name)))
-    Trainer(replace(recipe, model=model, compile=compiled)).train()
+    Trainer(replace(recipe, **changes, compile=compiled)).train()
 
 
 def test_draws_are_in_pinned_memory(recipe):
@@ -176,17 +185,15 @@ def test_a_launch_on_one_gpu_trains_as_without_it(config, recipe, tmp_path):
         assert (launched[name] - value).norm() <= 1e-5 * value.norm().clamp(min=1e-3), name
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", GUIDED_ZOO)
 def test_loss_and_gradients_are_those_of_the_cpu(name):
     """Guided, so that every kind of row is there; without TF32."""
-    config = MeanFlowConfig(meanflow_ratio=0.5, kappa=0.5)
-    net = ZOO[name]().eval()
-    draws = make_draws(config, net.z_shape, 0, order_slots(config, range(8), 8))
+    objective, found = guided(name).eval(), []
+    net, config = objective.net, objective.config
+    draws = objective.make_draws(config, net.z_shape, 0, order_slots(config, range(8), 8))
     x, y = torch.randn(8, *net.z_shape), torch.randint(5, (8,))
-    found = []
     for device in ("cpu", "cuda"):
-        objective = MeanFlow(net.to(device), config)
-        objective.zero_grad()
+        objective.to(device).zero_grad()
         loss = objective(batch_of(x.to(device), y.to(device), draws.to(device))).loss
         loss.backward()
         gradients = [p.grad.flatten() for p in net.parameters() if p.grad is not None]

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 import torch
-from conftest import TOLD, ZOO, batch_of, small_dit
+from conftest import GUIDED, GUIDED_ZOO, TOLD, ZOO, batch_of, guided, small_dit
 from torch._dynamo import config as dynamo
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
@@ -20,16 +20,7 @@ from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.compile import compile_objective
 
 pytestmark = pytest.mark.apart
-GUIDED = MeanFlowConfig(omega=0.2, kappa=0.92, t_end=0.75)
 B = 8
-# Each network with the guided objective that goes with it.
-GUIDED_ZOO = {name: (make, GUIDED) for name, make in ZOO.items()}
-GUIDED_ZOO |= {name: (make, ImprovedMeanFlowConfig()) for name, make in TOLD.items()}
-
-
-def guided(name: str) -> MeanFlow:
-    make, config = GUIDED_ZOO[name]
-    return OBJECTIVES[type(config)](make(), config)
 
 
 @pytest.fixture(autouse=True)

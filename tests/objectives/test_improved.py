@@ -9,12 +9,20 @@ from conftest import DEVICES, GOLDEN, TOLD, assert_golden, batch_of, imf_weights
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig
+from meanflow.config import (
+    FREE_ON_RESUME,
+    ImprovedMeanFlowConfig,
+    MeanFlowConfig,
+    TrainConfig,
+    different,
+    recipe_fields,
+)
 from meanflow.objectives.draws import Draws, order_slots
 from meanflow.objectives.improved import ImprovedMeanFlow, draw_guidance, guided_rows, make_draws, num_null
 from meanflow.objectives.jvp import jvp
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.sampler import average_velocity, sample
+from meanflow.training.optimizer import split_by_decay
 from models.dit import DiT
 from models.imf import IMF, rotate
 
@@ -334,3 +342,21 @@ def test_the_plain_objective_refuses_a_head_that_it_would_not_train():
     with pytest.raises(ValueError, match="has a v head, which only ImprovedMeanFlow trains: --net v_head 0"):
         MeanFlow.check(MeanFlowConfig(), TOLD["iMF"](), (3, 4, 4), 5)
     MeanFlow.check(MeanFlowConfig(), IMF(4, 2, 3, 32, 2, 2, 1, v_head=False), (3, 4, 4), 5)
+
+
+def test_weight_decay_spares_the_learned_tokens():
+    net = TOLD["iMF"]()
+    groups = split_by_decay(ImprovedMeanFlow(net, ImprovedMeanFlowConfig()), [{"params": list(net.parameters())}], 0.1)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert not decayed & {id(net.omega_tokens), id(net.class_tokens), id(net.y_embedder.embedding_table.weight)}
+    assert id(net.u_heads[0].mlp.fc2.weight) in decayed
+
+
+def test_the_default_scale_may_change_when_a_run_resumes():
+    """It changes no number that is trained; omega_max does."""
+    fields = [
+        recipe_fields(TrainConfig(steps=1, objective=ImprovedMeanFlowConfig(**changes)))
+        for changes in ({}, {"guidance_scale": 5.0, "guidance_interval": (0.2, 0.8)}, {"omega_max": 6.0})
+    ]
+    assert different(fields[0], fields[1], FREE_ON_RESUME) == []
+    assert [name for name, *_ in different(fields[0], fields[2], FREE_ON_RESUME)] == ["objective.omega_max"]
