@@ -27,16 +27,16 @@ RECIPE = TrainConfig(
         class_dropout_prob=0.1,
         null_class="flow",
         omega_max=8.0,
-        omega_beta=3.0,  # more often near 1, where one set of weights is farthest from a network without guidance
+        omega_beta=2.0,  # more often near 1, where one set of weights is farthest from a network without guidance
     ),
-    steps=3500,
+    steps=2500,
     global_batch=128,
     lr=7e-3,
     betas=(0.9, 0.99),
     schedule="cosine",
     warmup_steps=50,
     ema_decay=(0.95,),
-    sample_every=3500,
+    sample_every=2500,
 )
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def judge(results: Results) -> list[Claim]:
 
 def quiet(recipe):
     """With as many steps as the recipe of any scale, and pictures only at the end."""
-    return replace(recipe, steps=ANY_SCALE.steps, sample_every=100_000, checkpoint_every=700)
+    return replace(recipe, steps=ANY_SCALE.steps, sample_every=100_000, checkpoint_every=625)
 
 
 TINY = Experiment(QUESTION, {"plain": Arm(quiet(PLAIN)), "any scale": Arm(quiet(ANY_SCALE))}, measure, judge, seeds=3)

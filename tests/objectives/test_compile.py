@@ -86,7 +86,7 @@ def test_every_network_compiles_to_the_same_numbers(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, bf16", [("DiT", True), ("UNet-cifar", False), ("iMF", True)])
+@pytest.mark.parametrize("name, bf16", [("DiT", True), ("UNet-cifar", False), ("iMF", False)])
 def test_checkpointed_blocks_compile_to_the_same_numbers(name, bf16):
     objective = guided(name) if name in TOLD else MeanFlow(ZOO[name](), MeanFlowConfig())
     objective.net.enable_gradient_checkpointing()
