@@ -156,7 +156,9 @@ class MeanFlowPipeline(DiffusionPipeline):
         if self.sampling.guidance_range is None:
             return {}
         scale = self.sampling.guidance_scale if scale is None else scale
-        interval = self.sampling.guidance_interval if interval is None else interval
+        if interval is None:
+            # At scale 1 no interval means anything. The network knows best the middle of those that were trained.
+            interval = (0.25, 0.75) if scale == 1 else self.sampling.guidance_interval
         return guidance_conditions(scale, interval, t, is_ode=solver != "meanflow")
 
     @torch.no_grad()

@@ -136,11 +136,12 @@ def told_pipeline(name: str) -> MeanFlowPipeline:
 
 @pytest.mark.parametrize("name", TOLD)
 def test_a_network_is_told_the_scale_and_the_interval_in_one_evaluation(name):
-    """Those that are asked for, or else the checkpoint's."""
+    """Those that are asked for, or else the checkpoint's; at scale 1, the middle of the intervals that were trained."""
     pipe, calls, y = told_pipeline(name), [], torch.tensor([1, 2])
     e, one = pipe.noise(0, range(2)), torch.ones(2)
     for scale, interval in ((None, None), (4.0, (0.4, 0.6)), (1.0, None)):
-        told = {"omega": scale or 3.0, **dict(zip(("t_start", "t_end"), interval or (0.2, 0.9)))}
+        default = (0.25, 0.75) if scale == 1 else (0.2, 0.9)
+        told = {"omega": scale or 3.0, **dict(zip(("t_start", "t_end"), interval or default))}
         cond = {"y": y, **{name: value * one for name, value in told.items()}}
         with torch.no_grad():
             expected = e - pipe.net(e, one, one, **cond)
