@@ -41,6 +41,14 @@ def as_velocity(out: Tensor, z: Tensor, t: Tensor, prediction="u", t_min=0.05) -
     return out if prediction == "u" else (z - out) / expand(t.clamp(min=t_min), z)
 
 
+def usual_interval(scale: float, interval: Sequence[float]) -> Sequence[float]:
+    """The interval of a checkpoint; at scale 1, where none means anything, the middle of those that were trained.
+
+    The network knows the middle best: at the ends the scales near 1 show through.
+    """
+    return (0.25, 0.75) if scale == 1 else interval
+
+
 def guidance_conditions(scale: float, interval: Sequence[float], t: Tensor, is_ode: bool = False) -> Cond:
     """The conditions of a network that is told the CFG scale and the interval of times in which it acts; each (B,).
 

@@ -117,18 +117,21 @@ def test_smoke_test_trains_the_very_recipe(recipe, tool, tmp_path):
     flags = ["--smoke", "--out", tmp_path / "run"]
     shown = tool(f"recipes/{recipe}", *flags)
     out = tmp_path / "run-smoke"
+    kind = "pixels" if recipe == "imagenet_pixel_b16" else "imf" if "_imf_" in recipe else recipe[0]
     data = {
+        "pixels": "digits: 1,347 x 1 x 256 x 256, 10 classes",
+        "imf": "random latents: 256 x 4 x 32 x 32 by stabilityai/sd-vae-ft-mse, 1000 classes",
         "i": "random latents: 256 x 4 x 32 x 32 by stabilityai/sd-vae-ft-mse, 1000 classes",
         "c": f"digits: 1,347 x 1 x 32 x 32, {'10' if recipe == 'cifar10_unet_cond' else 'no'} classes",
         "v": "shapes: 512 x 4 x 16 x 16 x 16, no classes",
-    }[recipe[0]]
-    share = {"i": "4 of 16", "c": "12 of 16", "v": "8 of 32"}[recipe[0]]
+    }[kind]
+    share = {"pixels": "8 of 16", "imf": "8 of 16", "i": "4 of 16", "c": "12 of 16", "v": "8 of 32"}[kind]
     for words in ("made small", data, f"{share} samples with r != t"):
         assert words in shown
     assert [line["step"] for line in read_log(out / "log.jsonl")] == [1, 2, 3, 4]
     assert (out / "samples/step-00000004.png").exists()
     last = out / "step-00000004"
-    assert load_network(last).config.in_channels == (1 if recipe[0] == "c" else 4)
+    assert load_network(last).config.in_channels == (1 if kind in ("c", "pixels") else 4)
     if recipe != "imagenet_ditxl":
         return
     before = (last / "model/diffusion_pytorch_model.safetensors").read_bytes()

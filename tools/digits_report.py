@@ -67,7 +67,7 @@ def report(options: Options) -> None:
     from meanflow.noise import noise
     from meanflow.pictures import save_grid
     from meanflow.publishing.checkpoints import checkpoints, load_network, read_sampling
-    from meanflow.sampler import average_velocity, euler, guidance_conditions, sample
+    from meanflow.sampler import average_velocity, euler, guidance_conditions, sample, usual_interval
 
     recipe = read_recipe(options)
     real, held_out = digits(recipe["resolution"] or 8)
@@ -90,7 +90,8 @@ def report(options: Options) -> None:
     @torch.no_grad()
     def generate(folder: Path, solver, num_steps: int) -> torch.Tensor:
         net, how = load_network(folder), read_sampling(folder)
-        scale, interval = how.get("guidance_scale"), how.get("guidance_interval")
+        scale = how.get("guidance_scale")
+        interval = usual_interval(scale, how.get("guidance_interval"))
 
         def u_fn(z, t, r):
             told = guidance_conditions(scale, interval, t, is_ode=solver is euler) if how.get("guidance_range") else {}

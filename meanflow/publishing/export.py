@@ -140,7 +140,7 @@ def model_card(source: Path, pipe, license: str, datasets: tuple[str, ...], more
         num_classes=len(pipe.id2label),
         call=f"class_labels=[{next(iter(pipe.id2label.values()))!r}]" if pipe.id2label else "batch_size=4",
         more=more,
-        paper=PAPERS.get(recipe["objective_class"], PAPERS["MeanFlow"]),
+        paper=PAPERS.get(recipe.get("objective_class"), PAPERS["MeanFlow"]),
         recipe=json.dumps({name: fields[name] for name in names if fields[name] is not None}, indent=2),
     )
 

@@ -17,7 +17,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from meanflow.noise import noise
-from meanflow.sampler import SOLVERS, STEPS, average_velocity, cfg, ensure, guidance_conditions
+from meanflow.sampler import SOLVERS, STEPS, average_velocity, cfg, ensure, guidance_conditions, usual_interval
 
 logger = logging.get_logger(__name__)
 OF_GUIDANCE = {"omega", "t_start", "t_end"}  # conditions that guidance_scale and guidance_interval stand for
@@ -156,9 +156,7 @@ class MeanFlowPipeline(DiffusionPipeline):
         if self.sampling.guidance_range is None:
             return {}
         scale = self.sampling.guidance_scale if scale is None else scale
-        if interval is None:
-            # At scale 1 no interval means anything. The network knows best the middle of those that were trained.
-            interval = (0.25, 0.75) if scale == 1 else self.sampling.guidance_interval
+        interval = usual_interval(scale, self.sampling.guidance_interval) if interval is None else interval
         return guidance_conditions(scale, interval, t, is_ode=solver != "meanflow")
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from accelerate.utils import send_to_device
 
 from meanflow.noise import generator, noise
 from meanflow.pictures import save_grid
-from meanflow.sampler import average_velocity, euler, guidance_conditions, sample
+from meanflow.sampler import average_velocity, euler, guidance_conditions, sample, usual_interval
 
 
 def draw_samples(recipe, data, net, sampling, accelerator, step: int) -> Path:
@@ -49,8 +49,8 @@ def one_step(recipe, data, net, sampling, indices: range, y: torch.Tensor | None
     cond = cond if y is None else {**cond, "y": y}
     is_ode = sampling.solver != "meanflow"  # without r != t, u is known only at r = t
     if sampling.guidance_range is not None:
-        ones = torch.ones(len(indices))
-        cond |= guidance_conditions(sampling.guidance_scale, sampling.guidance_interval, ones, is_ode)
+        scale, ones = sampling.guidance_scale, torch.ones(len(indices))
+        cond |= guidance_conditions(scale, usual_interval(scale, sampling.guidance_interval), ones, is_ode)
     e, cond = send_to_device((noise(recipe.seed, indices, data.shape), cond), device)
     solver = euler if is_ode else sample
     return solver(lambda z, t, r: average_velocity(net, z, t, r, cond, sampling.prediction, sampling.t_min), e, 1)
