@@ -23,6 +23,7 @@ from meanflow.objectives.jvp import jvp
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.sampler import average_velocity, sample
 from meanflow.training.optimizer import split_by_decay
+from models import MODELS
 from models.dit import DiT
 from models.imf import IMF, rotate
 
@@ -74,6 +75,42 @@ def test_the_networks_parts_match_the_official_numbers(golden_imf, imf):
     assert_golden(turned, torch.cat([expected[..., 0::2], expected[..., 1::2]], dim=-1))
     probe = torch.nn.RMSNorm(64, eps=1e-6, device=features.device)
     assert_golden(probe(golden_imf["probe.rmsnorm_in"]), golden_imf["probe.rmsnorm_out"])
+
+
+@pytest.mark.parametrize(
+    "size, training, inference",
+    [
+        ("B", 145_596_960, 88_935_184),
+        ("M", 230_570_016, 173_908_240),
+        ("L", 509_752_352, 409_054_224),
+        ("XL", 711_113_760, 610_415_632),
+    ],
+)
+def test_networks_have_the_official_numbers_of_parameters(size, training, inference):
+    """With the v head, and without it."""
+    with torch.device("meta"):
+        net = MODELS[f"iMF-{size}/2"](input_size=32, in_channels=4, num_classes=1000)
+    assert net.num_parameters() == training
+    net.drop_v_head()
+    assert net.num_parameters() == inference and not net.config.v_head
+
+
+def test_a_fresh_network_has_the_official_initialisation():
+    """Zero output and gates; standard deviations by the fan-in, of which blocks have 0.32."""
+    net = IMF(8, 2, 4, 256, 3, 4, aux_head_depth=2, num_classes=10)
+    block = net.u_heads[0]
+    z, t = torch.randn(2, 4, 8, 8), torch.rand(2)
+    features = net.trunk(z, t, t, torch.tensor([1, 10]))
+    assert (net.u(features) == 0).all() and (net.v(features) == 0).all()
+    assert (block.attn_scale == 0).all() and (block.mlp_scale == 0).all() and (block.norm1.weight == 1).all()
+    for weight, std in (
+        (block.attn.q_proj.weight, 0.32 / 16),
+        (block.mlp.fc2.weight, 0.32 / 682**0.5),
+        (net.omega_embedder.mlp[0].weight, 1 / 16),
+        (net.class_tokens, 1 / 16),
+        (net.y_embedder.embedding_table.weight, 1 / 16),
+    ):
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
 
 
 def test_derivative_matches_the_official_numbers(golden_imf, imf):
