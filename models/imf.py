@@ -186,8 +186,8 @@ class IMF(ModelMixin, ConfigMixin):
                 nn.init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, FinalLayer):
-                nn.init.zeros_(module.linear.weight)
+        for layer in (module for module in self.children() if isinstance(module, FinalLayer)):
+            nn.init.zeros_(layer.linear.weight)
         std = 1 / math.sqrt(self.config.hidden_size)
         for name in self.counts:
             nn.init.normal_(self.get_parameter(f"{name}_tokens"), std=std)
