@@ -73,6 +73,9 @@ def main(options: Options) -> None:
     for name, keys in fate.items():
         print(f"{name}: {len(keys)}{f', such as {keys[0]}' if keys else ''}")
     vae = load_vae(options.vae) if options.vae else None
+    channels = net.z_shape[0]
+    is_its = vae is None or vae.config.latent_channels == channels
+    ensure(is_its, f"vae: {options.vae} has not the {channels} channels of these latents")
     classes = {index: str(index) for index in range(net.config.num_classes)}
     pipe = MeanFlowPipeline(net.eval(), vae, sampling._asdict(), classes, latents)
     about = {"license": imf.LICENSE, "source": imf.SOURCE, "paper": imf.PAPER, "name": source.name}

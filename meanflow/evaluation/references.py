@@ -63,7 +63,7 @@ class Statistics(Reference):
     @cached_property
     def images(self) -> np.ndarray:
         with errors_as(f"reference {self.name} cannot be read"):
-            return np.load(self.name, allow_pickle=False)["arr_0"]
+            return np.load(self.name, allow_pickle=False)["arr_0"]  # an array of objects would be a pickle
 
     def batch(self, indices: list[int]) -> tuple[Tensor, None]:
         return torch.from_numpy(self.images[indices]).permute(0, 3, 1, 2), None

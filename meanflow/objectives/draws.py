@@ -178,7 +178,7 @@ def kept_shares(config: VelocityConfig) -> tuple[float, float]:
     """The share of the labels that are kept, of r != t samples and of r = t ones."""
     dropped = config.class_dropout_prob
     if config.null_class == "flow":
-        return 1.0, 1 - dropped / max(dropped, 1 - config.meanflow_ratio)
+        return 1.0, 1 - dropped / (1 - config.meanflow_ratio)
     return 1 - dropped, 1 - dropped
 
 

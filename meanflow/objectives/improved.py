@@ -155,14 +155,15 @@ class ImprovedMeanFlow(MeanFlow):
         guided = draws.guided
         if guided is None:
             on_cpu = {name: values.cpu() for name, values in draws.cond.items()}
-            guided = [x.to(t.device) for x in guided_rows(self.config, t.cpu(), draws.drop.cpu(), on_cpu)]
+            rows = guided_rows(self.config, t.cpu(), draws.drop.cpu(), on_cpu)
+            guided = GuidedRows(*(x.to(t.device) for x in rows))
         omega = torch.where(is_inside(t, cond), cond["omega"], 1.0)
         null_class = torch.full_like(cond["y"], self.net.config.num_classes)
         null = {**cond, "y": null_class, **guidance_conditions(1.0, (0.0, 1.0), t)}
         own = {**cond, **guidance_conditions(1.0, (0.0, 1.0), t), "omega": omega}
         v_u, v_c = self.predict(self.v_at, guided, z_t, t, null, own, v_flow)
         v_g = v + expand(1 - 1 / omega, v) * (v_c - v_u)
-        return torch.where(expand(guided[0], v), v_g, v), v_c
+        return torch.where(expand(guided.acts, v), v_g, v), v_c
 
     @classmethod
     def check_guidance(cls, config: ImprovedMeanFlowConfig, net: nn.Module, num_classes: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from meanflow.config import MeanFlowConfig, VelocityConfig
 from meanflow.objectives.base import Batch, Objective, Output, Sampling
 from meanflow.objectives.draws import Draws, can_look_at, guided_rows, make_draws, num_meanflow, order_slots
-from meanflow.objectives.guidance import guidance_in_words, guided_velocity
+from meanflow.objectives.guidance import GuidedRows, guidance_in_words, guided_velocity
 from meanflow.objectives.jvp import finite_difference, jvp
 from meanflow.sampler import STEPS, Cond, average_velocity, expand
 
@@ -115,7 +115,9 @@ class MeanFlow(Objective):
             u_flow: u(z_t, t, t, y) of the r = t rows, which are the last ones: the main forward's output.
         """
         config = self.config
-        guided = draws.guided or [x.to(t.device) for x in guided_rows(config, t.cpu(), draws.drop.cpu())]
+        guided = draws.guided
+        if guided is None:
+            guided = GuidedRows(*(x.to(t.device) for x in guided_rows(config, t.cpu(), draws.drop.cpu())))
         null = {**cond, "y": torch.full_like(cond["y"], self.net.config.num_classes)}
 
         def v_fn(z_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -123,20 +125,22 @@ class MeanFlow(Objective):
 
         u_null, u_cond = self.predict(v_fn, guided, z_t, t, null, cond, u_flow)
         v_g = guided_velocity(v, u_null, u_cond, config.omega, config.kappa)
-        return torch.where(expand(guided[0], v), v_g, v)
+        return torch.where(expand(guided.acts, v), v_g, v)
 
-    def predict(self, v_fn, guided, z_t: Tensor, t: Tensor, null: Cond, own: Cond, flow: Tensor) -> list[Tensor]:
+    def predict(self, v_fn, guided: GuidedRows, z_t: Tensor, t: Tensor, null: Cond, own: Cond, flow: Tensor):
         """The velocities that guidance combines, of the null class and of each row's own, in one forward.
 
         Rows that need no such prediction get any. Networks with dropout are evaluated without it.
 
         Args:
             v_fn: (z_t, t, cond) -> v.
-            guided: which predictions are needed, GuidedRows.
+            guided: which predictions are needed.
             null, own: the conditions of both kinds for all rows.
             flow: the main forward's predictions of the r = t rows, which are the last ones.
+        Returns:
+            both for all rows, each like z_t.
         """
-        _, rows, is_null, *places = guided
+        rows, is_null = guided.rows, guided.null
         # The main forward's outputs have dropout.
         again = differs_in_training(self.net)
         if again:
@@ -146,7 +150,7 @@ class MeanFlow(Objective):
         with evaluation(self.net) if again else nullcontext():
             v = v_fn(z_t[rows], t[rows], cond)
         v = v if again else torch.cat([v, flow])
-        return [v[place] for place in places]
+        return v[guided.u_null], v[guided.u_cond]
 
     def check_batch(self, batch: Batch, k: int) -> None:
         x, draws, y = batch.x, batch.draws, batch.cond.get("y")

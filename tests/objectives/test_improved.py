@@ -1,5 +1,6 @@
 """Improved MeanFlow, against the official numbers and against a twin without cleverness."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -20,8 +21,8 @@ from meanflow.config import (
 from meanflow.objectives.draws import Draws, order_slots
 from meanflow.objectives.improved import ImprovedMeanFlow, draw_guidance, guided_rows, make_draws, num_null
 from meanflow.objectives.jvp import jvp
-from meanflow.objectives.meanflow import MeanFlow
-from meanflow.sampler import average_velocity, sample
+from meanflow.objectives.meanflow import MeanFlow, adaptive_weight
+from meanflow.sampler import average_velocity, expand, guidance_conditions, sample
 from meanflow.training.optimizer import split_by_decay
 from models import MODELS
 from models.dit import DiT
@@ -157,6 +158,48 @@ def test_guided_velocity_and_tangent_match_the_official_numbers(case, golden_imf
     v_g, v_c = objective.guide(v, z_t, draws.t, {**draws.cond, "y": y}, v_flow, draws)
     assert_golden(v_g, expected["v_g_nchw"])
     assert_golden(v_c[:k], expected["v_c_nchw"][:k])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_recorded_tensor_of_a_case_is_met(case, golden_imf, imf):
+    """Row by row: the predictions of guidance, v_g before the drop, u, v, du/dt, V, and both losses of each power."""
+    config, x, y, draws, order = official(case, golden_imf, 1.0)
+    objective, k, t = ImprovedMeanFlow(imf, config), round(6 * config.meanflow_ratio), draws.t
+    z_t, v_t = (1 - expand(t, x)) * x + expand(t, x) * draws.e, draws.e - x
+    everywhere, null = guidance_conditions(1.0, (0.0, 1.0), t), torch.full_like(y, 10)
+    seen = {**draws.cond, "y": torch.where(draws.drop, null, y)}
+    found = {
+        "v_u_nchw": objective.v_at(z_t, t, {**everywhere, "y": null}),
+        "v_c_fm_nchw": objective.v_at(z_t, t, {**everywhere, "omega": draws.cond["omega"], "y": y}),
+    }
+    kept = replace(draws, drop=torch.zeros_like(draws.drop))
+    with torch.no_grad():
+        v_flow = objective.v_at(z_t[k:], t[k:], {name: a[k:] for name, a in {**draws.cond, "y": y}.items()})
+    found["v_g_pre_nchw"], found["v_c_nchw"] = objective.guide(v_t, z_t, t, {**draws.cond, "y": y}, v_flow, kept)
+    v_g, _ = objective.guide(v_t, z_t, t, {**draws.cond, "y": y}, v_flow, draws)
+    tangents = found["v_c_nchw"], torch.ones_like(t), torch.zeros_like(t)
+    (u, features), (du_dt, _) = jvp(lambda *at: objective.u_and_features(*at, seen), (z_t, t, draws.r), tangents)
+    v, V = objective.v_of(features, z_t, t), u + expand(t - draws.r, x) * du_dt
+    raw_u, raw_v = ((a - v_g).square().flatten(1).sum(1) for a in (V, v))
+    found |= {
+        "u_nchw": u,
+        "v_nchw": v,
+        "du_dt_nchw": du_dt,
+        "V_nchw": V,
+        "v_g_nchw": v_g,
+        "raw_u": raw_u,
+        "raw_v": raw_v,
+    }
+    for norm_p in (1.0, 0.75, 0.5):
+        for name, raw in (("loss_u", raw_u), ("loss_v", raw_v)):
+            found[f"p{norm_p}.{name}"] = raw * adaptive_weight(raw, norm_p, config.norm_eps)
+    for name, value in found.items():
+        assert_golden(value, golden_imf[f"case.{case}.{name}"][order])
+    for name, raw in (("mon_loss_u", raw_u), ("mon_loss_v", raw_v)):
+        assert_golden(raw.mean() / x[0].numel(), golden_imf[f"case.{case}.{name}"])
+    recorded = {name.removeprefix(f"case.{case}.") for name in golden_imf if name.startswith(f"case.{case}.")}
+    others = {"y_inp", "mon_loss_u", "mon_loss_v"}  # the first is met by the test above
+    assert {name for name in recorded - found.keys() - others if not re.search(r"grad|\.loss$", name)} == set()
 
 
 @pytest.mark.parametrize("norm_p", [1.0, 0.75, 0.5])
