@@ -146,6 +146,8 @@ class MeanFlowConfig(VelocityConfig):
     t_start: Annotated[float, SHARE] = 0.0
     # guidance acts only on times t <= t_end, in [0, 1]
     t_end: Annotated[float, SHARE] = 1.0
+    # guidance begins at this optimiser step, >= 0; fine-tuning a flow-matching network wants some epochs without it
+    guidance_from_step: Annotated[int, NOT_NEGATIVE] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,11 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
+from pathlib import Path
 
 from meanflow.config import Refusal, check
+from meanflow.files import write_json
 
 REFUSED, INTERRUPTED = 2, 128 + signal.SIGINT  # exit codes
+END = "MEANFLOW_END"  # the environment variable with the file in which a run notes how it ended, for its launcher
 LAUNCHERS = r"accelerate launch|accelerate\.commands|torchrun|torch\.distributed"  # words of their command lines
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
@@ -36,6 +39,13 @@ def environment_number(name: str, default: int) -> int:
 def speaks_first() -> bool:
     """Whether this process speaks for all that torch's launcher started, or was not started by it."""
     return os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def note_end(code: int, reason: str, step: int | None = None) -> None:
+    """Tells the launcher, if there is one that asks, how this run ended, also where it has no folder yet."""
+    if os.environ.get(END):
+        with suppress(OSError):
+            write_json(Path(os.environ[END]), {"code": code, "reason": reason, "step": step})
 
 
 def find_launcher():
@@ -74,9 +84,11 @@ def end_after(launcher) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def read_flags(kind: type, default=None):
+def read_flags(kind: type, default=None, others: bool = False):
     """A dataclass of this kind from the command line; by default its fields are those of `default`.
 
+    Args:
+        others: let unknown flags be, and return them, too, as a list.
     Raises:
         Refusal: a field is out of range.
         SystemExit: the command line cannot be read, or asks for help.
@@ -88,7 +100,7 @@ def read_flags(kind: type, default=None):
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(kind, **given, **about)
+            return tyro.cli(kind, **given, **about, return_unknown_args=others)
     except SystemExit as end:
         cause = end
         while cause is not None and not isinstance(cause, Refusal):
@@ -147,15 +159,17 @@ def refusals() -> Iterator[None]:
     except SystemExit as end:  # tyro has spoken
         if end.code != REFUSED:
             raise
-        speaks = speaks_first()
+        speaks, reason = speaks_first(), "the command line cannot be read"
     except (ValueError, OSError, MemoryError, OverflowError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        speaks = speaks_first() or not isinstance(error, Shared)
+        speaks, reason = speaks_first() or not isinstance(error, Shared), str(error) or "out of memory"
         if speaks:
-            print(f"error: {error or 'out of memory'}", file=sys.stderr, flush=True)
+            print(f"error: {reason}", file=sys.stderr, flush=True)
     else:
         return
+    if speaks:
+        note_end(REFUSED, reason)
     launcher = find_launcher() if "TORCHELASTIC_RUN_ID" in os.environ and os.name != "nt" else None
     if launcher and speaks:
         launcher.send_signal(signal.SIGUSR2)

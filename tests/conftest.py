@@ -10,6 +10,7 @@ import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig
-from meanflow.objectives import OBJECTIVES
+from meanflow.objectives import OBJECTIVES, improved
 from meanflow.objectives.base import Batch, Objective
+from meanflow.objectives.draws import Draws, guided_rows
 from models.dit import DiT
 from models.imf import IMF
 from models.unet import UNet, UNetCifar
@@ -123,6 +125,16 @@ def perturbed(net: nn.Module, std: float = 0.1) -> nn.Module:
 def batch_of(x: Tensor, y: Tensor | None, draws, **cond: Tensor) -> Batch:
     """What an objective's forward takes."""
     return Batch(x, draws, cond if y is None else {"y": y, **cond})
+
+
+def guided_draws(config, e: Tensor, t: Tensor, r: Tensor, drop: Tensor, **cond: Tensor) -> Draws:
+    """The draws with the rows that guidance changes, as make_draws finds them."""
+    draws, rows = Draws(e, t, r, drop, cond=cond).to("cpu"), None
+    if isinstance(config, ImprovedMeanFlowConfig):
+        rows = improved.guided_rows(config, draws.t, draws.drop, draws.cond)
+    elif config.guided:
+        rows = guided_rows(config, draws.t, draws.drop)
+    return replace(draws, guided=rows).to(e.device)
 
 
 def small_dit(**changes) -> DiT:

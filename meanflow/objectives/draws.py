@@ -33,8 +33,7 @@ class Draws:
         e: standard normal noise, like x, (B, C, *S).
         t, r: the interval's ends, (B,), 0 <= r <= t <= 1.
         drop: which labels become the null class, (B,) bool.
-        guided: what guidance evaluates. If None, the objective finds it itself, which forces a host sync on an
-            accelerator.
+        guided: what guidance evaluates; None where it does not act.
         cond: conditions of the network that are drawn, too, each (B, ...).
     Raises:
         ValueError: a shape, a dtype or, on the CPU, a time is wrong.
@@ -159,9 +158,11 @@ def draw_slots(config: VelocityConfig, shape: tuple, seed: int, slots: Sequence[
 
 
 def make_draws(config: MeanFlowConfig, shape: tuple, seed: int, slots: Sequence[int], global_batch=None) -> Draws:
-    """As draw_slots, with the rows that guidance changes."""
+    """As draw_slots, with the rows that guidance changes, from the step on at which it begins."""
     draws = draw_slots(config, shape, seed, slots, global_batch)
-    return replace(draws, guided=guided_rows(config, draws.t, draws.drop)) if config.guided else draws
+    step = slots[0] // (global_batch or len(slots))
+    acts = config.guided and step >= config.guidance_from_step
+    return replace(draws, guided=guided_rows(config, draws.t, draws.drop)) if acts else draws
 
 
 def below(config: VelocityConfig, time: float) -> float:

@@ -35,4 +35,5 @@ def guidance_in_words(config: MeanFlowConfig) -> str:
     if not config.guided:
         return "none trained in (omega 1, kappa 0)"
     where = f"for t in [{config.t_start:g}, {config.t_end:g}] (omega {config.omega:g}, kappa {config.kappa:g})"
-    return f"trained in, effective scale {config.effective_scale:.4g} {where}"
+    begins = f" from step {config.guidance_from_step:,} on" if config.guidance_from_step else ""
+    return f"trained in, effective scale {config.effective_scale:.4g} {where}{begins}"

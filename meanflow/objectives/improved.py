@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from meanflow.config import ImprovedMeanFlowConfig
 from meanflow.noise import generator
 from meanflow.objectives.base import Batch, Output
-from meanflow.objectives.draws import Draws, arrange, below, draw_slots, kept_shares, num_meanflow, rarely_exceeded
+from meanflow.objectives.draws import arrange, below, draw_slots, kept_shares, num_meanflow, rarely_exceeded
 from meanflow.objectives.guidance import GuidedRows
 from meanflow.objectives.meanflow import MeanFlow, raw_losses, select
 from meanflow.sampler import Cond, as_velocity, expand, guidance_conditions
@@ -88,10 +88,6 @@ class ImprovedMeanFlow(MeanFlow):
         (x, draws, cond), config = batch, self.config
         t, r, k = draws.t, draws.r, num_meanflow(config, len(x))
         self.check_batch(batch, k)
-        if "omega" not in draws.cond:
-            raise ValueError(
-                "draws must have omega, t_start and t_end in cond: make them by ImprovedMeanFlow.make_draws"
-            )
         z_t = (1 - expand(t, x)) * x + expand(t, x) * draws.e
         cond = {**cond, **draws.cond}
         seen = {**cond, "y": torch.where(draws.drop, self.net.config.num_classes, cond["y"])}
@@ -102,7 +98,7 @@ class ImprovedMeanFlow(MeanFlow):
         if k < len(x):
             V, features = self.u_and_features(z_t[flow], t[flow], r[flow], select(seen, flow))
             v = self.v_of(features, z_t[flow], t[flow]) if self.has_v_head else V
-        v_g, v_c = self.guide(draws.e - x, z_t, t, cond, v, draws)
+        v_g, v_c = self.guide(draws.e - x, z_t, t, cond, v, draws.guided)
         if k:
             u_fn = partial(self.u_and_features, cond=select(seen, slice(k)))
             # The total derivative along the predicted velocity: dz/dt = v_c, dt/dt = 1, dr/dt = 0.
@@ -143,7 +139,7 @@ class ImprovedMeanFlow(MeanFlow):
         return self.v_of(self.net.trunk(z, t, torch.zeros_like(t), **cond), z, t)
 
     @torch.no_grad()
-    def guide(self, v: Tensor, z_t: Tensor, t: Tensor, cond: Cond, v_flow: Tensor, draws: Draws):
+    def guide(self, v: Tensor, z_t: Tensor, t: Tensor, cond: Cond, v_flow: Tensor, guided: GuidedRows):
         """The guided velocity v_g, and v_c, the network's own velocity for the class, both detached and like v.
 
         v_g = v + (1 - 1 / omega) (v_c - v_u), where omega counts as 1 outside of [t_start, t_end], and v_u is the null
@@ -152,11 +148,6 @@ class ImprovedMeanFlow(MeanFlow):
         Args:
             v_flow: v of the r = t rows, which are the last ones: the main forward's output.
         """
-        guided = draws.guided
-        if guided is None:
-            on_cpu = {name: values.cpu() for name, values in draws.cond.items()}
-            rows = guided_rows(self.config, t.cpu(), draws.drop.cpu(), on_cpu)
-            guided = GuidedRows(*(x.to(t.device) for x in rows))
         omega = torch.where(is_inside(t, cond), cond["omega"], 1.0)
         null_class = torch.full_like(cond["y"], self.net.config.num_classes)
         null = {**cond, "y": null_class, **guidance_conditions(1.0, (0.0, 1.0), t)}
@@ -164,6 +155,10 @@ class ImprovedMeanFlow(MeanFlow):
         v_u, v_c = self.predict(self.v_at, guided, z_t, t, null, own, v_flow)
         v_g = v + expand(1 - 1 / omega, v) * (v_c - v_u)
         return torch.where(expand(guided.acts, v), v_g, v), v_c
+
+    @classmethod
+    def needs_guided(cls, config: ImprovedMeanFlowConfig) -> bool:
+        return True
 
     @classmethod
     def check_guidance(cls, config: ImprovedMeanFlowConfig, net: nn.Module, num_classes: int) -> None:

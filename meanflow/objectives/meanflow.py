@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from meanflow.config import MeanFlowConfig, VelocityConfig
 from meanflow.objectives.base import Batch, Objective, Output, Sampling
-from meanflow.objectives.draws import Draws, can_look_at, guided_rows, make_draws, num_meanflow, order_slots
+from meanflow.objectives.draws import can_look_at, make_draws, num_meanflow, order_slots
 from meanflow.objectives.guidance import GuidedRows, guidance_in_words, guided_velocity
 from meanflow.objectives.jvp import finite_difference, jvp
 from meanflow.sampler import STEPS, Cond, average_velocity, expand
@@ -90,7 +90,7 @@ class MeanFlow(Objective):
         # The r = t rows are plain flow matching. They are the last rows, but computed first: guidance reads their u.
         flow, metrics = slice(k, None), {}
         u = self.u(z_t[flow], t[flow], r[flow], select(cond, flow)) if k < len(x) else v[flow]
-        u_tgt = v_g = self.guide(v, z_t, t, cond, u, draws) if config.guided else v
+        u_tgt = v_g = v if draws.guided is None else self.guide(v, z_t, t, cond, u, draws.guided)
         if k:
             u_fn = partial(self.u, cond=select(cond, slice(k)))
             u_k, u_tgt_k, du_dt = mean_velocity_target(u_fn, z_t[:k], t[:k], r[:k], v_g[:k], self.jvp)
@@ -108,23 +108,19 @@ class MeanFlow(Objective):
         return (adaptive_weight(error, self.config.norm_p, self.config.norm_eps) * error).mean()
 
     @torch.no_grad()
-    def guide(self, v: Tensor, z_t: Tensor, t: Tensor, cond: Cond, u_flow: Tensor, draws: Draws) -> Tensor:
+    def guide(self, v: Tensor, z_t: Tensor, t: Tensor, cond: Cond, u_flow: Tensor, guided: GuidedRows) -> Tensor:
         """The guided velocity, detached, like v; where guidance does not act, it is v.
 
         Args:
             u_flow: u(z_t, t, t, y) of the r = t rows, which are the last ones: the main forward's output.
         """
-        config = self.config
-        guided = draws.guided
-        if guided is None:
-            guided = GuidedRows(*(x.to(t.device) for x in guided_rows(config, t.cpu(), draws.drop.cpu())))
         null = {**cond, "y": torch.full_like(cond["y"], self.net.config.num_classes)}
 
         def v_fn(z_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
             return self.u(z_t, t, t, cond)
 
         u_null, u_cond = self.predict(v_fn, guided, z_t, t, null, cond, u_flow)
-        v_g = guided_velocity(v, u_null, u_cond, config.omega, config.kappa)
+        v_g = guided_velocity(v, u_null, u_cond, self.config.omega, self.config.kappa)
         return torch.where(expand(guided.acts, v), v_g, v)
 
     def predict(self, v_fn, guided: GuidedRows, z_t: Tensor, t: Tensor, null: Cond, own: Cond, flow: Tensor):
@@ -158,6 +154,8 @@ class MeanFlow(Objective):
             raise ValueError(f"noise must be {tuple(x.shape)} like the data, got {tuple(draws.e.shape)}")
         if self.config.channel_weights is not None and self.channel_weights is None:
             raise ValueError("channel_weights are inverse-variance, of data that are not known: call prepare(data)")
+        if self.needs_guided(self.config) and draws.guided is None:
+            raise ValueError(f"draws must have guided: make them by {type(self).__name__}.make_draws")
         self.check(self.config, self.net, x.shape[1:], 0 if y is None else self.net.config.num_classes)
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"classes must be ({len(x)},) int64, got {tuple(y.shape)} {y.dtype}")
@@ -167,6 +165,11 @@ class MeanFlow(Objective):
             raise ValueError(f"classes must be in [0, {self.net.config.num_classes}], got {y.min()} to {y.max()}")
         if (draws.r[k:] != draws.t[k:]).any():
             raise ValueError(f"the first {k} of {len(x)} rows must be the r != t ones, got r = t rows first")
+
+    @classmethod
+    def needs_guided(cls, config: MeanFlowConfig) -> bool:
+        """Whether guidance acts at every step."""
+        return config.guided and not config.guidance_from_step
 
     @classmethod
     def check(cls, config: VelocityConfig, net: nn.Module, shape: tuple[int, ...], num_classes: int) -> None:

@@ -15,7 +15,8 @@ DISK = 1e9  # bytes per second that are assumed
 def count(plan: Plan) -> tuple[int, int, list[bool]]:
     """FLOPs of a micro-batch's step, bytes kept for its backward, and whether each forward has a backward; counted."""
     recipe, saved, forwards = plan.recipe, {}, []
-    slots = next(iter(SlotBatches(recipe, plan.objective, len(plan.data), range(1), 0, plan.num_processes)))
+    last = range(plan.total - 1, plan.total)  # guidance may begin later than the run
+    slots = next(iter(SlotBatches(recipe, plan.objective, len(plan.data), last, 0, plan.num_processes)))
     batch = SlotData(recipe, plan.objective, plan.data).__getitems__(slots)
 
     def keep(x: torch.Tensor) -> torch.Tensor:

@@ -169,6 +169,10 @@ def find_warnings(recipe: TrainConfig, total: int, objective: type[Objective]) -
     if recipe.warmup_steps > total / 10:
         share = f"{recipe.warmup_steps / total:.0%} of the run's {total:,} steps"
         found.append(f"the warm-up of {recipe.warmup_steps:,} steps is {share}: lower --warmup-steps or train longer")
+    begins = getattr(recipe.objective, "guidance_from_step", 0)
+    if begins >= total:
+        fact = f"guidance would begin at step {begins:,}, and the run has {total:,}: no guidance will be trained in"
+        found.append(f"{fact}: lower --objective.guidance-from-step or train longer")
     for decay in recipe.ema_decay:
         if decay**total > 0.05:
             fact = f"the average with decay {decay:g} will still hold {decay**total:.0%} of the initial weights"

@@ -29,7 +29,7 @@ from meanflow.files import ensure, first_line, read_json, write_json
 from meanflow.noise import stream_seed
 from meanflow.objectives.base import Sampling
 from meanflow.objectives.jvp import support_fsdp2
-from meanflow.program import INTERRUPTED, environment_number
+from meanflow.program import INTERRUPTED, environment_number, note_end
 from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
 from meanflow.publishing.export import export
 from meanflow.publishing.hub import Pusher
@@ -131,6 +131,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 with self.log.optional("end.json"):
                     write_json(self.recipe.out / "end.json", {"code": code, "reason": reason, "step": self.step})
+                note_end(code, reason, self.step)
             if self.lock:
                 self.lock.release()
         if code:

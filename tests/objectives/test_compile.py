@@ -2,6 +2,7 @@
 
 import copy
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,6 +174,16 @@ def test_guided_steps_are_never_compiled_again(config):
         acting.add(int(batch.draws.guided.acts.sum()))
         objective(batch, step)
     assert len(acting) > 5
+
+
+def test_guidance_that_begins_at_a_step_is_compiled_once_more():
+    config, graphs = replace(GUIDED, guidance_from_step=3), []
+    objective = MeanFlow(small_dit(depth=1), config)
+    compile_objective(objective, backend=lambda graph, inputs: graphs.append(step) or graph)
+    with dynamo.patch(error_on_recompile=False):
+        for step in range(8):
+            objective(batch_at(config, objective.net, step, 32), step)
+    assert graphs == [0, 3]
 
 
 @pytest.mark.parametrize("view", [lambda x: x[:2], lambda x: x.t(), lambda x: x[:, ::2]], ids=["rows", "t", "strided"])

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import DEVICES, GOLDEN, TOLD, assert_golden, batch_of, imf_weights, perturbed
+from conftest import DEVICES, GOLDEN, TOLD, assert_golden, batch_of, guided_draws, imf_weights, perturbed
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -140,7 +140,7 @@ def official(case: str, golden: dict, norm_p: float):
     cond = conditions(golden, scenario, "loss.y")
     cond = {name: values[order] for name, values in cond.items() if name != "y"}
     t, r, dropped = golden[f"{scenario}.t"][order], golden[f"{scenario}.r"][order], golden[f"{drop}.mask"][order]
-    return config, x, y.long(), Draws(e, t, r, dropped.bool(), cond=cond), order
+    return config, x, y.long(), guided_draws(config, e, t, r, dropped.bool(), **cond), order
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -294,9 +294,10 @@ def some_draws(net, ratio: float, drop: str, interval: str, batch: int = 8) -> t
     t = torch.linspace(0.15, 0.9, batch, dtype=torch.float64)[torch.randperm(batch, generator=random)]
     r = torch.where(torch.arange(batch) < k, t * torch.rand(batch, generator=random, dtype=torch.float64), t)
     uniform = torch.rand(batch, 3, generator=random, dtype=torch.float64)
-    cond = draw_guidance(ImprovedMeanFlowConfig(ratio), uniform, k if interval == "part" else 0)
+    config = ImprovedMeanFlowConfig(ratio)
+    cond = draw_guidance(config, uniform, k if interval == "part" else 0)
     dropped = torch.isin(torch.arange(batch), torch.tensor([0, 5] if drop == "some" else []))
-    return Draws(e, t, r, dropped, cond=cond), torch.randint(5, (batch,), generator=random)
+    return guided_draws(config, e, t, r, dropped, **cond), torch.randint(5, (batch,), generator=random)
 
 
 @pytest.mark.parametrize("prediction", ["u", "x"])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GOLDEN, ZOO, assert_golden, batch_of, perturbed, small_dit
+from conftest import GOLDEN, ZOO, assert_golden, batch_of, guided_draws, perturbed, small_dit
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,7 +30,7 @@ def official(name: str, golden, norm_p: float = 1.0):
     order = INTERVAL_FIRST
     x, e, t, r = (golden[f"loss.{key}"][order] for key in ("x_nchw", "e_nchw", "t", "r"))
     drop = golden[f"loss.{case['drop']}.mask"][order].bool()
-    return config, x, golden["loss.y"][order].long(), Draws(e, t, r, drop)
+    return config, x, golden["loss.y"][order].long(), guided_draws(config, e, t, r, drop)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -145,7 +145,7 @@ def test_selective_objective_equals_its_naive_twin(ratio, guidance, drop, predic
     mask = torch.zeros(B, dtype=torch.bool)
     if drop == "some":
         mask[[0, 5]] = True
-    draws = Draws(e, t, r, mask)
+    draws = guided_draws(config, e, t, r, mask)
 
     results = []
     for loss in (
@@ -202,7 +202,7 @@ def test_selective_objective_of_every_network_equals_its_naive_twin(name, ratio,
     t = torch.linspace(0.15, 0.9, B, dtype=torch.float64)[torch.randperm(B, generator=random)]
     r = torch.where(torch.arange(B) < k, t * torch.rand(B, generator=random, dtype=torch.float64), t)
     y = torch.randint(5, (B,), generator=random)
-    draws = Draws(e, t, r, torch.arange(B) % 5 == 0)
+    draws = guided_draws(config, e, t, r, torch.arange(B) % 5 == 0)
     conditions = {"augment_labels": torch.randn(B, 6, generator=random).double()} if name == "UNet-cifar" else {}
 
     results = []
@@ -229,7 +229,8 @@ def test_guidance_evaluates_the_rows_that_need_it_and_padding():
     drop = torch.tensor([False] * 5 + [True] + [False] * 2)
     guided = guided_rows(config, t, drop)
     assert guided.rows[guided.null].tolist() == [1, 3, 4, 7] and guided.rows[4] == 1
-    x, y, draws = torch.randn(8, 3, 4, 4), torch.zeros(8).long(), Draws(torch.randn(8, 3, 4, 4), t, r, drop)
+    x, y = torch.randn(8, 3, 4, 4), torch.zeros(8).long()
+    draws = guided_draws(config, torch.randn(8, 3, 4, 4), t, r, drop)
     MeanFlow(net, config)(batch_of(x, y, draws))
     assert sizes == [6, num_predictions(config, 8), 2]  # flow matching; guidance; r != t rows
 
@@ -277,16 +278,29 @@ def test_more_predictions_than_expected_are_evaluated_all_the_same():
     assert num_predictions(config, 64) < 80 == len(guided.rows)
 
 
-def test_draws_made_for_a_config_hold_the_rows_that_guidance_needs():
-    """Those that the objective would look for itself."""
+def test_draws_without_the_rows_that_guidance_needs_are_refused():
     config = MeanFlowConfig(omega=1.0, kappa=0.5, t_start=0.3, t_end=0.6, class_dropout_prob=0.3)
     draws = make_draws(config, (3, 4, 4), seed=0, slots=order_slots(config, range(32), 32))
-    net, x, y = small_dit(), torch.randn(32, 3, 4, 4), torch.randint(5, (32,))
-    bare = Draws(draws.e, draws.t, draws.r, draws.drop)
     assert 0 < draws.guided.acts.sum() < 32
-    assert torch.equal(
-        MeanFlow(net, config)(batch_of(x, y, draws)).loss, MeanFlow(net, config)(batch_of(x, y, bare)).loss
-    )
+    batch = batch_of(torch.randn(32, 3, 4, 4), torch.randint(5, (32,)), replace(draws, guided=None))
+    with pytest.raises(ValueError, match="draws must have guided: make them by MeanFlow.make_draws"):
+        MeanFlow(small_dit(), config)(batch)
+
+
+def test_guidance_begins_at_its_step():
+    """Before it the loss is that without guidance, and from it on that of guidance from the start; of equal draws."""
+    late = MeanFlowConfig(omega=0.5, kappa=0.6, guidance_from_step=3, null_class="flow")
+    guided, plain = replace(late, guidance_from_step=0), replace(late, omega=1.0, kappa=0.0)
+    net, x, y = small_dit(), torch.randn(8, 3, 4, 4), torch.randint(5, (8,))
+    for step in range(6):
+        losses = []
+        for config in (late, guided, plain):
+            slots = order_slots(config, range(8 * step, 8 * step + 8), 8)
+            draws = MeanFlow.make_draws(config, (3, 4, 4), 0, slots, 8)
+            losses.append(MeanFlow(net, config)(batch_of(x, y, draws), step).loss.item())
+        assert losses[1] != losses[2] and losses[0] == losses[1 if step >= 3 else 2]
+    assert MeanFlow.sampling(late).guidance_scale == pytest.approx(1.25)
+    assert MeanFlow.sampling(late).guidance.endswith("from step 3 on")
 
 
 def test_guidance_that_acts_on_no_row_changes_nothing():

@@ -1,0 +1,294 @@
+"""A run on this machine: started, followed, and started again.
+
+The launcher is one process, and `accelerate launch` another, in a session of its own: the launcher may be killed, and a
+later one follows the run that still lives. A run is found by a variable of its environment, which all of its processes
+have. What the launcher knows is in the folder .launch of the run.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from meanflow.config import check
+from meanflow.files import ensure, read_json, write_json
+from meanflow.program import END, REFUSED
+
+# Exit codes of a run, of meanflow/training/guard.py, which imports torch.
+DIVERGED, STOPPED, GAVE_UP = 3, 75, 1
+FINAL = {0: "finished", REFUSED: "refused", DIVERGED: "diverged"}
+DETACHED = "MEANFLOW_DETACHED"  # the environment variable of a launcher that nobody watches
+PATIENCE = 600  # seconds in which processes may save and leave, before they are killed
+IDLE = 2  # restarts without a step of progress, after which the launcher gives up
+
+
+class Run:
+    """What can be seen of a run from outside. Its folder need not be there."""
+
+    def __init__(self, out: Path):
+        self.out = out.expanduser().resolve()
+        self.folder = self.out / ".launch"
+        self.end, self.log, self.state = (self.folder / name for name in ("end.json", "log.txt", "state.json"))
+
+    def processes(self) -> list[psutil.Process]:
+        """All that live, `accelerate launch` first."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # it has ended, or is another user's
+                is_dead = process.status() == psutil.STATUS_ZOMBIE
+                if not is_dead and process.environ().get(END) == str(self.end):
+                    found.append(process)
+        return sorted(found, key=lambda process: process.create_time())
+
+    def ask_to_stop(self) -> None:
+        """Sends SIGTERM to the processes that train: accelerate launch does not pass it on."""
+        living = self.processes()
+        known = {process.pid for process in living}
+        for process in living:
+            with suppress(psutil.Error):
+                is_launcher = "accelerate.commands.launch" in " ".join(process.cmdline())
+                has_launcher = process.ppid() in known and is_launching(process.parent())
+                if not is_launcher and (has_launcher or process.ppid() not in known):
+                    process.send_signal(signal.SIGTERM)
+
+    def step(self) -> int:
+        """The furthest step that is saved or logged."""
+        saved = [int(path.name[5:]) for path in self.out.glob("step-" + "[0-9]" * 8)]
+        lines = (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
+        logged = 0
+        for line in lines[-3:]:
+            with suppress(ValueError):  # the line is being written
+                logged = json.loads(line).get("step", logged)
+        return max([0, logged, *saved])
+
+    def read_state(self) -> dict:
+        return read_json(self.state) if self.state.exists() else {}
+
+    def launcher(self) -> psutil.Process | None:
+        """The process that follows the run, if it lives."""
+        state = self.read_state()
+        with suppress(psutil.Error, KeyError):
+            process = psutil.Process(state["launcher"])
+            is_it = abs(process.create_time() - state["launcher_began"]) < 2  # and no later process of this number
+            if is_it and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+
+def is_launching(process: psutil.Process | None) -> bool:
+    return process is not None and "accelerate.commands.launch" in " ".join(process.cmdline())
+
+
+def launch(options, out: Path, flags: list[str]) -> int:
+    """Starts the launcher, here or detached, and returns its exit code.
+
+    Raises:
+        Refusal: another launcher follows this run, or a run with other flags lives in the folder.
+    """
+    run = Run(out)
+    config = ["--config_file", str(options.config_file)] if options.config_file else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", *config, str(options.recipe), *flags]
+    check(not run.out.exists() or run.out.is_dir(), "out", run.out, "a folder")
+    other = run.launcher()
+    followed = f"python tools/launch.py status {out}"
+    ensure(other is None, f"{out} is followed already, by process {other and other.pid}: {followed}")
+    lives = bool(run.processes())
+    same = run.read_state().get("command") == command
+    ensure(not lives or same, f"a run with other flags lives in {out}: python tools/launch.py stop {out}")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if not options.detach:
+        return Launcher(run, command, options).follow()
+    arguments = [argument for argument in sys.argv if argument != "--detach"]
+    with (run.folder / "launcher.txt").open("a") as log:
+        how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+        process = subprocess.Popen([sys.executable, *arguments], env={**os.environ, DETACHED: "1"}, **how)
+    while process.poll() is None and run.launcher() is None:
+        time.sleep(0.05)
+    print(f"{out}: followed by process {process.pid}: python tools/launch.py status {out}; or logs, or stop")
+    return 0
+
+
+class Launcher:
+    """Follows one run to its end."""
+
+    def __init__(self, run: Run, command: list[str], options):
+        self.run, self.command, self.options = run, command, options
+        self.lock = FileLock(run.folder / "lock", timeout=0)
+        self.is_asked_to_stop = False
+        self.is_shown = False  # whether the run's output is shown here
+        self.place = 0  # in the log, up to where it was shown
+
+    def follow(self) -> int:
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise ValueError(f"{self.run.out} is followed already, by another launcher") from None
+        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGINT)):
+            signal.signal(number, self.receive)
+        state = self.run.read_state()
+        if not self.run.processes():
+            state = {"starts": [], "began": time.time()}
+        state |= {"command": self.command, "launcher": os.getpid(), "ended": None}
+        self.state = state | {"launcher_began": psutil.Process().create_time()}
+        self.place = self.run.log.stat().st_size if self.run.log.exists() else 0
+        self.is_shown = DETACHED not in os.environ
+        self.save()
+        code, reason = self.follow_to_end()
+        self.state["ended"] = {"code": code, "reason": reason, "at": time.time()}
+        self.save()
+        self.say(f"{self.run.out}: {reason}")
+        return code
+
+    def follow_to_end(self) -> tuple[int, str]:
+        """Returns the exit code, and why the run is not started again."""
+        while True:
+            if not self.run.processes():
+                if self.is_asked_to_stop:
+                    return STOPPED, "stopped before it was started"
+                self.start()
+            self.wait()
+            end = read_json(self.run.end) if self.run.end.exists() else {}
+            code, why = end.get("code"), end.get("reason", "its processes were killed")
+            start, step = self.state["starts"][-1], self.run.step()
+            start |= {"code": code, "reason": why, "step": step, "ended": time.time()}
+            self.save()
+            if code in FINAL:
+                return code, f"{FINAL[code]} at step {step:,}" if code == 0 else f"{FINAL[code]}: {why}"
+            if self.is_asked_to_stop:
+                return STOPPED, f"stopped at step {step:,}; the same command goes on"
+            restarts = self.state["starts"][1:]
+            idle = [restart for restart in restarts[-IDLE:] if restart["step"] <= restart["from"]]
+            if len(idle) == IDLE:
+                return GAVE_UP, f"given up, since {IDLE} restarts made no step of progress: {why}"
+            if len(restarts) >= self.options.retries:
+                return GAVE_UP, f"given up after {len(restarts)} restarts: {why}"
+            self.say(f"{self.run.out}: {why}, at step {step:,}: again in {self.options.delay:g} s")
+            self.pause(self.options.delay)
+
+    def start(self) -> None:
+        self.run.end.unlink(missing_ok=True)
+        furthest = max([self.run.step(), *(start["step"] for start in self.state["starts"])])
+        self.state["starts"].append({"from": furthest, "began": time.time()})
+        self.save()
+        environment = {**os.environ, END: str(self.run.end)}
+        with self.run.log.open("a") as log:
+            how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+            subprocess.Popen(self.command, env=environment, **how)
+
+    def wait(self) -> None:
+        """Until no process of the run lives. What outlives `accelerate launch` for long is killed."""
+        first, asked, orphaned = self.run.processes()[:1], False, None
+        while True:
+            has_head = bool(first) and first[0].is_running() and first[0].status() != psutil.STATUS_ZOMBIE
+            self.show()
+            if not has_head and not self.run.processes():
+                return
+            if self.is_late():
+                self.is_asked_to_stop = True
+            if self.is_asked_to_stop and not asked:
+                self.run.ask_to_stop()
+                asked = True
+            if not has_head:
+                orphaned = orphaned or time.monotonic()
+                if time.monotonic() > orphaned + PATIENCE:
+                    for process in self.run.processes():
+                        process.kill()
+            time.sleep(0.2)
+
+    def is_late(self) -> bool:
+        hours = self.options.hours
+        return hours is not None and time.time() > self.state["began"] + 3600 * hours
+
+    def pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.is_asked_to_stop:
+            time.sleep(0.1)
+
+    def receive(self, number: int, _) -> None:
+        self.is_asked_to_stop = True
+
+    def save(self) -> None:
+        write_json(self.run.state, self.state)
+
+    def say(self, words: str) -> None:
+        stamp = datetime.now().isoformat(" ", "seconds")
+        with self.run.log.open("a") as log:
+            log.write(f"\n[{stamp}] {words}\n")
+        self.show()
+        if not self.is_shown:
+            print(words, flush=True)
+
+    def show(self) -> None:
+        if self.is_shown and self.run.log.exists():
+            self.place = show_from(self.run.log, self.place)
+
+
+def show_from(log: Path, place: int) -> int:
+    """Prints a file from this byte on, and returns where it ended."""
+    with log.open("rb") as file:
+        file.seek(place)
+        text = file.read()
+    print(text.decode(errors="replace"), end="", flush=True)
+    return place + len(text)
+
+
+def known_run(out: Path) -> Run:
+    run = Run(out)
+    ensure(run.state.exists(), f"{out} was not started by tools/launch.py")
+    return run
+
+
+def status(out: Path) -> int:
+    """Prints how a run is doing."""
+    run = known_run(out)
+    state, launcher, living = run.read_state(), run.launcher(), run.processes()
+    ended = state["ended"]
+    followed = f"followed by process {launcher.pid}" if launcher else "not followed: the same command follows it again"
+    lives = f"{len(living)} processes live" if living else "no process lives"
+    print(f"{out}: step {run.step():,}; " + (ended["reason"] if ended else f"{lives}; {followed}"))
+    for number, start in enumerate(state["starts"]):
+        began = datetime.fromtimestamp(start["began"]).isoformat(" ", "seconds")
+        end = f"to step {start['step']:,}: {start['reason']}" if "ended" in start else "so far"
+        print(f"  {'start' if number == 0 else f'restart {number}':10} {began}  from step {start['from']:,} {end}")
+    return 0
+
+
+def logs(out: Path, follow: bool = False) -> int:
+    """Prints what the run printed."""
+    run = known_run(out)
+    place = 0
+    while True:
+        launcher = run.launcher()
+        place = show_from(run.log, place) if run.log.exists() else 0
+        if not follow or launcher is None:
+            return 0
+        time.sleep(0.3)
+
+
+def stop(out: Path) -> int:
+    """Stops a run with a checkpoint, and waits until no process is left."""
+    run = known_run(out)
+    launcher = run.launcher()
+    if launcher is None and not run.processes():
+        print(f"{out}: no process lives, step {run.step():,}")
+        return 0
+    if launcher is not None:
+        launcher.send_signal(signal.SIGTERM)
+    else:
+        run.ask_to_stop()
+    begin = time.monotonic()
+    while run.launcher() is not None or run.processes():
+        ensure(
+            time.monotonic() < begin + PATIENCE, f"{out}: processes still live after {PATIENCE} s: {run.processes()}"
+        )
+        time.sleep(0.2)
+    print(f"{out}: stopped at step {run.step():,}; the same command goes on")
+    return 0
