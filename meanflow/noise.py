@@ -21,6 +21,14 @@ def generator(seed: int, index: int, stream: str = "draws") -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, index, stream))
 
 
+def arc(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
+    """The noise at this share of the way from a to b, on the arc between them, so that it is as long as noise is."""
+    angle = (a * b).sum().div(a.norm() * b.norm()).clamp(-1, 1).acos()
+    if angle < 1e-3:
+        return a
+    return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+
+
 def noise(seed: int, indices, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise, (len(indices), *shape), on the CPU; image k's noise depends only on (seed, k)."""
     return torch.stack([torch.randn(shape, generator=generator(seed, index, "noise")) for index in indices])

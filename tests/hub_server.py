@@ -21,7 +21,10 @@ def sha1(data: bytes) -> str:
 
 
 class Hub:
-    """What it stores. `fault(handler, path)` is asked before each request is answered, and may answer itself: True."""
+    """What it stores; the id of a Space begins with spaces/.
+
+    `fault(handler, path)` is asked before each request is answered, and may answer itself: True.
+    """
 
     def __init__(self):
         self.repos = {}  # id -> {"commits": [(sha, {path: (bytes, is_lfs)})], "branches": {name: sha}, "private": bool}
@@ -95,9 +98,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             return self.create(json.loads(body))
         for pattern, part in (
-            (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.lfs_batch),
-            (r"/api/models/([^/]+/[^/]+)/?(.*)", self.api),
-            (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
+            (r"/((?:spaces/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", self.lfs_batch),
+            (r"/api/(?:models/|(?=spaces/))((?:spaces/)?[^/]+/[^/]+)/?(.*)", self.api),
+            (r"/((?:spaces/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
         ):
             if match := re.fullmatch(pattern, path):
                 repo = self.hub.repos.get(match[1])
@@ -113,7 +116,8 @@ class Handler(BaseHTTPRequestHandler):
         return f"http://{self.headers['Host']}"
 
     def create(self, wish: dict) -> None:
-        repo_id = f"{wish.get('organization') or USER}/{wish['name']}"
+        kind = "spaces/" if wish.get("type") == "space" else ""
+        repo_id = f"{kind}{wish.get('organization') or USER}/{wish['name']}"
         address = {"url": f"{self.base()}/{repo_id}", "name": repo_id, "id": repo_id}
         hidden = wish.get("private") or wish.get("visibility") == "private"
         if repo_id in self.hub.repos:

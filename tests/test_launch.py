@@ -59,7 +59,7 @@ def test_a_run_and_its_launcher_that_are_killed_end_as_an_undisturbed_one(tmp_pa
     run = local.Run(tmp_path / "killed")
     launch(*command)
     for number in range(kills):
-        wait_for(lambda: len(run.read_state().get("starts", [])) == number + 1 and run.processes())
+        wait_for(lambda count=number + 1: len(run.read_state().get("starts", [])) == count and run.processes())
         begun = run.read_state()["starts"][-1]["from"]
         if number in (3, 7):
             run.launcher().kill()
@@ -69,7 +69,7 @@ def test_a_run_and_its_launcher_that_are_killed_end_as_an_undisturbed_one(tmp_pa
         if number % 3 == 2:
             time.sleep(rng.uniform(0, 2))
         else:
-            wait_for(lambda: run.step() > begun)
+            wait_for(lambda begun=begun: run.step() > begun)
             time.sleep(rng.uniform(0, 0.5))
         kill(run, rng)
     wait_for(lambda: run.launcher() is None)

@@ -18,9 +18,11 @@ DEADLINE = 300  # seconds that a finished run waits for its push
 ATTEMPTS = 6  # of a push, 1, 2, 4, ... seconds apart; 3 where the Hub does not answer
 
 
-def push(folder: Path, repo_id: str, private: bool = True, revision: str | None = None) -> str:
+def push(folder: Path, repo_id: str, private: bool = True, revision: str | None = None, space=False) -> str:
     """Uploads an exported folder, in a few attempts, and returns the commit's address.
 
+    Args:
+        space: whether it is a Space, with a page of Gradio, and not a model.
     Raises:
         ValueError: it could not be done.
     """
@@ -28,10 +30,12 @@ def push(folder: Path, repo_id: str, private: bool = True, revision: str | None 
 
     for attempt in range(ATTEMPTS):
         try:
-            huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
+            kind = {"repo_type": "space"} if space else {}
+            sdk = {"space_sdk": "gradio"} if space else {}
+            huggingface_hub.create_repo(repo_id, private=private, exist_ok=True, **kind, **sdk)
             if revision:
-                huggingface_hub.create_branch(repo_id, branch=revision, exist_ok=True)
-            what = {"repo_id": repo_id, "folder_path": folder, "revision": revision}
+                huggingface_hub.create_branch(repo_id, branch=revision, exist_ok=True, **kind)
+            what = {"repo_id": repo_id, "folder_path": folder, "revision": revision, **kind}
             return huggingface_hub.upload_folder(**what, delete_patterns=["net/*", "vae/*"]).commit_url
         except Exception as error:  # of many kinds, by two packages
             status = error.response.status_code if isinstance(error, huggingface_hub.errors.HfHubHTTPError) else None

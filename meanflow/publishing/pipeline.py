@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from meanflow.noise import noise
+from meanflow.noise import arc, noise
 from meanflow.sampler import SOLVERS, STEPS, average_velocity, cfg, ensure, guidance_conditions, usual_interval
 
 logger = logging.get_logger(__name__)
@@ -60,6 +60,11 @@ class MeanFlowPipeline(DiffusionPipeline):
     def noise(self, seed: int, indices) -> torch.Tensor:
         """Noise to pass as latents; image k's depends only on (seed, k), and not on the batch that it is in."""
         return noise(seed, indices, self.shape)
+
+    def walk(self, first: int, last: int, count: int) -> torch.Tensor:
+        """Noise to pass as latents, on the arc from that of one seed to that of another; image 0's of both."""
+        a, b = (self.noise(seed, [0])[0] for seed in (first, last))
+        return torch.stack([arc(a, b, step / max(1, count - 1)) for step in range(count)])
 
     def class_ids(self, labels) -> list[int]:
         """The classes of names or indices.
