@@ -34,6 +34,7 @@ RECIPE = TrainConfig(
     schedule="cosine",
     warmup_steps=20,
     ema_decay=(0.95,),
+    checkpoint_every=200,
 )
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from tools.benchmark import Improved, Sample, Step, Ways, build, count_bytes, count_flops, profile_step, sampling
-from tools.benchmark_improved import improved
+from benchmarks.improved import improved
+from benchmarks.options import Improved, Sample, Step
+from benchmarks.sample import sampling
+from benchmarks.ways import Ways, build, count_bytes, count_flops, profile_step
 
 ROOT = Path(__file__).parents[1]
 

@@ -90,7 +90,7 @@ def test_kill_amid_the_writing_of_a_shard_leaves_nothing_that_reads(options, mon
     def stop(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tools.cache_latents.sync", stop)
+    monkeypatch.setattr("caching.shards.sync", stop)
     with pytest.raises(KeyboardInterrupt):
         cache(options)
     monkeypatch.undo()

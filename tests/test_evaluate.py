@@ -143,7 +143,7 @@ def test_what_cannot_be_measured_is_one_line(flags, words, digits_run, tool, tmp
 def test_export_has_no_held_out_samples_and_a_folder_may_be_the_reference(digits_run, tool, tmp_path, monkeypatch):
     """The default place of its report is in the current folder."""
     flags = (digits_run / "pipeline", "--num-images", 20, "--metrics", "energy")
-    assert "is no run with held-out samples: name a --reference" in tool("evaluate", *flags)
+    assert "is no run: an exported model has no data: name a --reference" in tool("evaluate", *flags)
     images = ((digits()[0].x[:50] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "x.npz", arr_0=images)
     monkeypatch.chdir(tmp_path)

@@ -21,13 +21,13 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from caching.shards import write_random
 from conftest import small_disk
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from meanflow.files import checksum
 from meanflow.training.guard import DIVERGED, SIGNALS
-from tools.cache_latents import write_random
 
 ROOT = Path(__file__).parents[1]
 SECONDS, MEMORY = 60, 8 * 2**30  # of one call

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from launchers import local, rented
 from test_distributed import DIGITS, ENVIRONMENT, ONE, ROOT, finish, start
 from test_resume import assert_same, everything
 
@@ -16,9 +17,6 @@ from meanflow.files import read_json
 from meanflow.program import END, REFUSED
 from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
 from meanflow.training.guard import DIVERGED, STOPPED
-
-sys.path.insert(0, str(ROOT / "tools"))
-from launchers import local, rented  # noqa: E402
 
 LAUNCH = [sys.executable, "tools/launch.py"]
 ON_CPU = ["--config-file", "accelerate_configs/cpu.yaml", "--delay", "0"]

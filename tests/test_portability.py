@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from caching.shards import write_random
 from torch.utils.data import DataLoader, default_convert
 
 from meanflow.config import TrainConfig
 from meanflow.data.latents import Latents
 from meanflow.data.loader import SlotBatches, SlotData, make_loader
 from meanflow.objectives.meanflow import MeanFlow
-from tools.cache_latents import write_random
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_POSIX = """if True:

@@ -16,6 +16,7 @@ from conftest import perturbed
 from PIL import Image
 
 from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig, TrainConfig
+from meanflow.data.sources import load_data
 from meanflow.noise import noise
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.publishing.checkpoints import load_network, load_pipeline
@@ -100,7 +101,8 @@ def test_two_processes_sample_what_one_does(digits_run, tool, tmp_path):
 def test_help_needs_no_torch(tmp_path):
     """So it answers at once."""
     for name in ("sample", "export", "push_to_hub"):
-        code = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path('tools/{name}.py', run_name='__main__')"
+        code = "import runpy, sys; sys.argv = ['x', '--help']; sys.path.insert(0, 'tools'); "
+        code += f"runpy.run_path('tools/{name}.py', run_name='__main__')"
         code = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    assert 'torch' not in sys.modules"
         shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert shown.returncode == 0 and "--" in shown.stdout, shown.stderr
@@ -265,3 +267,87 @@ def test_export_that_fails_leaves_what_was_there(digits_run, tmp_path, monkeypat
         export(digits_run, out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert not list(tmp_path.glob(".*"))
+
+
+def frames(path) -> list[np.ndarray]:
+    with Image.open(path) as picture:
+        found = []
+        for number in range(picture.n_frames):
+            picture.seek(number)
+            found.append(np.asarray(picture.convert("L"), dtype=float))
+        return found
+
+
+def test_gif_goes_from_one_noise_to_the_samples_of_both_ways(digits_run, tool, tmp_path):
+    shown = tool("sample", digits_run, "--gif", "--num-steps", 5, "--num-images", 4, "--out", tmp_path / "x.gif")
+    assert "4 images from noise to data, 1 step beside 5" in shown
+    found = frames(tmp_path / "x.gif")
+    half = (found[0].shape[1] - 12) // 2
+    assert len(found) > 20 and np.abs(found[0][18:, :half] - found[0][18:, -half:]).max() < 2
+    assert np.abs(found[-1] - found[0]).max() > 50
+    pipe = load_pipeline(digits_run)
+    one = pipe([0, 1, 2, 3], latents=pipe.noise(0, range(4)), output_type="np").images[0, :, :, 0]
+    corner = found[-1][18 + 2 : 18 + 2 + 48 : 6, 2 : 2 + 48 : 6]  # 8 x 8 pixels, each enlarged to 6 x 6
+    assert np.abs(corner - 255 * one).max() < 8
+
+
+def test_trajectory_is_that_of_the_sampler(digits_run):
+    from samples.pictures import trajectory
+
+    from meanflow.sampler import euler
+
+    pipe = load_pipeline(digits_run)
+    pipe.set_progress_bar_config(disable=True)
+    e, y = pipe.noise(0, range(3)), torch.tensor([1, 2, 3])
+    states = trajectory(pipe, e, y.tolist(), 4, "euler")
+    with torch.no_grad():
+        for steps, state in enumerate(states):
+            grid = [1 - step / 4 for step in range(steps + 1)]
+            z = e if steps == 0 else sample(lambda z, t, r: pipe.net(z, t, 0 * t, y), e, grid=grid)
+            assert torch.allclose(state, z, atol=1e-5)
+        assert torch.allclose(states[-1], euler(lambda z, t, r: pipe.net(z, t, t - r, y), e, 4), atol=1e-5)
+
+
+def test_walk_has_a_row_for_each_class_from_one_noise_to_another(digits_run, tool, tmp_path):
+    flags = ("--classes", 3, 7, "--num-images", 5, "--out", tmp_path / "walk.png")
+    assert "5 images a row" in tool("sample", digits_run, "--walk", 4, 9, *flags)
+    picture = np.asarray(Image.open(tmp_path / "walk.png").convert("L"), dtype=float)
+    assert picture.shape == (2 * 50 + 2, 5 * 50 + 2)
+    pipe = load_pipeline(digits_run)
+    for place, seed in ((0, 4), (4, 9)):
+        image = pipe([7], latents=pipe.noise(seed, [0]), output_type="np").images[0, :, :, 0]
+        shown = picture[52 : 52 + 48 : 6, 50 * place + 2 : 50 * place + 2 + 48 : 6]
+        assert np.abs(shown - 255 * image).max() <= 1
+
+
+def test_neighbours_are_the_nearest_training_digits(digits_run, tool, tmp_path):
+    shown = tool("sample", digits_run, "--neighbours", "--num-images", 3, "--out", tmp_path / "x.png")
+    assert "distance to the nearest of 1,347 training samples" in shown
+    pipe, real = load_pipeline(digits_run), load_data(TrainConfig(steps=1)).x
+    z = pipe([0, 1, 2], latents=pipe.noise(0, range(3)), output_type="latent").images
+    nearest = ((z[:, None] - real[None]) ** 2).flatten(2).sum(2).argmin(1)
+    picture = np.asarray(Image.open(tmp_path / "x.png").convert("L"), dtype=float)
+    for place, index in enumerate(nearest):
+        below = picture[52 : 52 + 48 : 6, 50 * place + 2 : 50 * place + 2 + 48 : 6]
+        assert np.abs(below - 127.5 * (real[index, 0].numpy() + 1)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--gif"], "out must be x.gif with --gif, got"),
+        (["--out", "x.gif"], "out must be x.png, x.npz or a folder without --gif"),
+        (["--gif", "--neighbours", "--out", "x.gif"], "picture must be one of gif, walk and neighbours"),
+        (["--walk", -1, 2], "walk must be two seeds >= 0"),
+        (["--walk", 1, 2, "--cfg-scale", 1, 2], "cfg_scale must be one in this picture"),
+        (["--neighbours", "--num-images", 1000], "num_images must be at most 256 in this picture, got 1000"),
+    ],
+)
+def test_pictures_that_cannot_be_are_refused(flags, message, digits_run, tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in tool("sample", digits_run, *flags)
+
+
+def test_neighbours_of_an_export_are_refused(digits_run, tool, tmp_path):
+    shown = tool("sample", digits_run / "pipeline", "--neighbours", "--out", tmp_path / "x.png")
+    assert "is no run: an exported model has no data" in shown

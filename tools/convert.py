@@ -12,7 +12,6 @@ Every weight is accounted for, in conversion.json: used, unused or missing. What
 code in the file is run.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -81,7 +80,6 @@ class Options:
 
 
 def main(options: Options) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
     from importers import dit, edm, imf, meanflow_jax, py_meanflow, sit, zhuyu
 
     modules = {"imf": imf, "sit": sit, "dit": dit, "zhuyu": zhuyu, "meanflow-jax": meanflow_jax}

@@ -3,7 +3,8 @@
     python tools/digits_report.py runs/digits --flow runs/digits-flow
     python tools/digits_report.py runs/digits_unet
 
-Prints a table and writes metrics.json and samples.png into the run.
+Prints a table and writes metrics.json, samples.png and neighbours.png into the run. Copies are the samples that are
+nearer to a training digit than 99 % of the held-out digits are.
 """
 
 import math
@@ -29,7 +30,7 @@ def read_recipe(options: Options) -> dict:
     Raises:
         ValueError: a run is not finished or not on the digits, or the flow-matching run is no twin of the other.
     """
-    from meanflow.config import FREE_ON_RESUME, different
+    from meanflow.config import FREE_ON_RESUME, different, with_defaults
     from meanflow.files import read_json
     from meanflow.publishing.checkpoints import JSON, checkpoints, verify_checkpoint
 
@@ -39,7 +40,7 @@ def read_recipe(options: Options) -> dict:
             raise FileNotFoundError(f"{folder} has no checkpoint: train it first")
         newest = checkpoints(folder)[-1]
         verify_checkpoint(newest, JSON)
-        recipe, metadata = (read_json(newest / f"{name}.json") for name in ("recipe", "data"))
+        recipe, metadata = with_defaults(read_json(newest / "recipe.json")), read_json(newest / "data.json")
         recipes.append(recipe)
         subset = recipe.get("subset")
         if recipe["data"] != "digits" or subset or not metadata["classes"]:
@@ -62,7 +63,7 @@ def report(options: Options) -> None:
     from sklearn.svm import SVC
 
     from meanflow.data.sources import digits
-    from meanflow.evaluation.distances import Moments, energy_distance, frechet_distance
+    from meanflow.evaluation.distances import Moments, energy_distance, frechet_distance, nearest
     from meanflow.files import write_json
     from meanflow.noise import noise
     from meanflow.pictures import save_grid
@@ -75,14 +76,16 @@ def report(options: Options) -> None:
     def pixels(x: torch.Tensor) -> torch.Tensor:
         return ((x + 1) * 8).round().clamp(0, 16).flatten(1)
 
-    target = pixels(held_out.x)
-    classifier = SVC(C=10).fit(pixels(real.x), real.y)
+    target, known = pixels(held_out.x), pixels(real.x)
+    classifier = SVC(C=10).fit(known, real.y)
+    reach = nearest(target, [known])[0].quantile(0.01)
 
     def measure(x, y) -> dict[str, float]:
         return {
             "accuracy": float((classifier.predict(x) == y.numpy()).mean()),
             "energy_distance": energy_distance(x, target),
             "frechet_distance": frechet_distance(Moments.of(x), Moments.of(target)),
+            "copies": (nearest(x, [known])[0] < reach).double().mean().item(),
         }
 
     e, y = noise(1, range(len(real.y)), real.x.shape[1:]), real.y
@@ -99,8 +102,9 @@ def report(options: Options) -> None:
 
         return solver(u_fn, e, num_steps)
 
-    rows = {"real digits, training to held-out": measure(pixels(real.x), y)}
-    rows["real digits, training to held-out"]["accuracy"] = measure(target, held_out.y)["accuracy"]
+    rows = {"real digits, training to held-out": measure(known, y)}
+    of_held_out = measure(target, held_out.y)
+    rows["real digits, training to held-out"] |= {name: of_held_out[name] for name in ("accuracy", "copies")}
     for name, folder, settings in (
         ("MeanFlow", options.run, ((sample, 1), (sample, 2), (sample, 4), (euler, 50))),
         ("flow matching", options.flow, ((sample, 1), (euler, 50)) if options.flow else ()),
@@ -112,13 +116,19 @@ def report(options: Options) -> None:
             if folder == options.run and num_steps == 1:
                 picture = x
 
-    print(f"\n{'':36}{'class accuracy':>16}{'energy distance':>17}{'Frechet distance':>18}")
+    print(f"\n{'':36}{'class accuracy':>16}{'energy distance':>17}{'Frechet distance':>18}{'copies':>9}")
     for name, row in rows.items():
-        print(f"{name:36}{row['accuracy']:16.3f}{row['energy_distance']:17.3f}{row['frechet_distance']:18.1f}")
+        distances = f"{row['energy_distance']:17.3f}{row['frechet_distance']:18.1f}"
+        print(f"{name:36}{row['accuracy']:16.3f}{distances}{row['copies']:9.1%}")
     write_json(options.run / "metrics.json", rows)
     first = [(y == label).nonzero()[:8, 0] for label in range(10)]
     save_grid(picture[torch.stack(first, dim=1).flatten()], options.run / "samples.png", columns=10)
-    print(f"\n{options.run / 'samples.png'}: one-step samples, a column per class; {options.run / 'metrics.json'}")
+    shown = picture[torch.stack(first, dim=1)[:2].flatten()]
+    beside = real.x[nearest(pixels(shown), [known])[1]]
+    rows_shown = [rows for pair in zip(shown.split(10), beside.split(10)) for rows in pair]
+    save_grid(torch.cat(rows_shown), options.run / "neighbours.png", columns=10)
+    print(f"\n{options.run / 'neighbours.png'}: samples, and under each the training digit that is nearest")
+    print(f"{options.run / 'samples.png'}: one-step samples, a column per class; {options.run / 'metrics.json'}")
 
 
 if __name__ == "__main__":

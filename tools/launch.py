@@ -87,7 +87,6 @@ def folder_of(recipe: Path, flags: list[str]) -> tuple[Path, list[str]]:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("status", "logs", "stop"):
         del sys.argv[1]

@@ -21,13 +21,15 @@ PAGES = [
     ("tools/export.py", "Options", "--", "tools/export.py"),
     ("tools/convert.py", "Options", "--", "tools/convert.py"),
     ("tools/push_to_hub.py", "Options", "--", "tools/push_to_hub.py"),
+    ("tools/launch.py", "Options", "--", "tools/launch.py"),
+    ("tools/app.py", "Options", "--", "tools/app.py"),
     ("tools/digits_report.py", "Options", "--", "tools/digits_report.py"),
-    ("tools/benchmark.py", "Step", "--", "tools/benchmark.py step"),
-    ("tools/benchmark.py", "Scale", "--", "tools/benchmark.py scale"),
-    ("tools/benchmark.py", "Improved", "--", "tools/benchmark.py improved"),
-    ("tools/benchmark.py", "Sample", "--", "tools/benchmark.py sample"),
-    ("tools/benchmark.py", "Loader", "--", "tools/benchmark.py loader"),
-    ("tools/benchmark.py", "Data", "--", "tools/benchmark.py data"),
+    ("tools/benchmarks/options.py", "Step", "--", "tools/benchmark.py step"),
+    ("tools/benchmarks/options.py", "Scale", "--", "tools/benchmark.py scale"),
+    ("tools/benchmarks/options.py", "Improved", "--", "tools/benchmark.py improved"),
+    ("tools/benchmarks/options.py", "Sample", "--", "tools/benchmark.py sample"),
+    ("tools/benchmarks/options.py", "Loader", "--", "tools/benchmark.py loader"),
+    ("tools/benchmarks/options.py", "Data", "--", "tools/benchmark.py data"),
 ]
 
 

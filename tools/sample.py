@@ -3,6 +3,9 @@
     python tools/sample.py runs/digits --classes 3 7 --out grid.png
     python tools/sample.py user/ditxl --classes "golden retriever" 360 --num-images 8 --out images/
     python tools/sample.py runs/digits-cfg --cfg-scale 1 2 4 6 --out scales.png
+    python tools/sample.py runs/digits --gif --out noise_to_data.gif
+    python tools/sample.py runs/digits --walk 0 1 --out walk.png
+    python tools/sample.py runs/digits --neighbours --out copies.png
     python tools/sample.py runs/mine --cond angle 0 0.5 1.0 --trust-remote-code --out grid.png
     accelerate launch -q tools/sample.py runs/ditxl --num-images 50000 --dtype bf16 --out samples.npz
 
@@ -11,10 +14,8 @@ processes. What --cfg-scale can mean depends on how the network was trained; the
 """
 
 import math
-import os
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,11 +24,10 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from samples.writers import PICTURE, check_disk, check_writable, folder, grid, npz
 
 from meanflow.config import check
 from meanflow.program import end_with_launcher, read_flags, refusals
-
-PICTURE = 4096  # images that one picture may have
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ class Options:
     network of plain flow matching"""
     seed: int = 0
     """image k's noise is a function of the seed and k"""
+    gif: bool = False
+    """x.gif: from noise to data, one step beside --num-steps of Euler's method (default: 50)"""
+    walk: tuple[int, int] | None = None
+    """x.png: a row for each class, from the noise of one seed to that of another, of --num-images (default: 10)"""
+    neighbours: bool = False
+    """of a run; x.png: samples, and under each the training sample that is nearest: are they copies?"""
     trust_remote_code: bool = False
     """run the file of a network that is not in the zoo, which lies beside its weights; read it first"""
     ema: float | None = None
@@ -81,69 +87,19 @@ class Options:
             check(value is None or value <= most, name, value, f"at most {most:,}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
+        asked = [name for name in ("gif", "walk", "neighbours") if getattr(self, name)]
+        check(len(asked) <= 1, "picture", " and ".join(asked), "one of gif, walk and neighbours")
+        ending = ".gif" if self.gif else ".png"
+        check(not asked or self.out.suffix == ending, "out", self.out, f"x{ending} with --{''.join(asked)}")
+        check(self.out.suffix != ".gif" or self.gif, "out", self.out, "x.png, x.npz or a folder without --gif")
+        check(not asked or (self.num_images or 0) <= 256, "num_images", self.num_images, "at most 256 in this picture")
+        check(self.walk is None or min(self.walk) >= 0, "walk", self.walk, "two seeds >= 0")
+        check(not asked or len(self.cfg_scale) <= 1, "cfg_scale", self.cfg_scale, "one in this picture")
         is_strip = len(self.cfg_scale) > 1
         check(not is_strip or self.out.suffix == ".png", "out", self.out, "x.png with several --cfg-scale")
         if self.out.suffix == ".png" and (self.num_images or 0) > PICTURE:
             raise ValueError(f"num_images must be <= {PICTURE} in one picture, got {self.num_images}: name a folder")
         object.__setattr__(self, "out", self.out.expanduser())
-
-
-@contextmanager
-def npz(path: Path, count: int) -> Iterator:
-    """Writes arr_0 as it comes; the file appears when it is whole."""
-    import numpy as np
-
-    from meanflow.files import replacing
-
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-
-            def write(images, first: int) -> None:
-                if first == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(np.ascontiguousarray(images).tobytes())
-
-            yield write
-
-
-@contextmanager
-def folder(path: Path, count: int) -> Iterator:
-    """A PNG an image: 000000.png ...; a .npy a volume."""
-    import numpy as np
-    from PIL import Image
-
-    from meanflow.files import replacing
-
-    def write(images, first: int) -> None:
-        if images.ndim == 5 and first == 0:
-            picture(images[:16], path / "slices.png", 1)
-        for number, image in enumerate(images, start=first):
-            with replacing(path / f"{number:06d}.{'npy' if images.ndim == 5 else 'png'}") as temporary:
-                if images.ndim == 5:
-                    np.save(temporary, image)
-                else:
-                    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary)
-
-    yield write
-
-
-@contextmanager
-def grid(path: Path, count: int, columns: int) -> Iterator:
-    import numpy as np
-
-    parts = []
-    yield lambda images, first: parts.append(images)
-    picture(np.concatenate(parts), path, columns)
-
-
-def picture(images, path: Path, columns: int) -> None:
-    import torch
-
-    from meanflow.pictures import middle_slices, save_grid
-
-    x = torch.from_numpy(images)
-    save_grid(middle_slices(x) if x.ndim == 5 else x.permute(0, 3, 1, 2) / 127.5 - 1, path, columns)
 
 
 def read_conditions(given: tuple[tuple[str, ...], ...]) -> dict:
@@ -188,32 +144,6 @@ def conditions_named(cond: dict) -> Iterator[None]:
         raise ValueError(f"the network does not take cond {shapes}: {first_line(error)}") from error
 
 
-def check_writable(out: Path, is_folder: bool) -> None:
-    parent = out if is_folder else out.parent
-    if out.suffix and is_folder and not out.is_dir() or out.is_dir() != is_folder and out.exists():
-        raise ValueError(f"out must be x.png, x.npz or a folder, got {out}")
-    for place in (out.parent, out.parent.parent):
-        if (place / "step.json").exists() or (place / "model_index.json").exists():
-            raise ValueError(f"out: {place} is a checkpoint or an exported model: name a place outside of it")
-    is_of_run = out.name in ("loss.png", "samples.png", "samples", "pipeline") or out.name.startswith("step-")
-    if (out.parent / "recipe.json").exists() and is_of_run:
-        raise ValueError(f"out: {out} belongs to the run in {out.parent}: choose another name")
-    if is_folder and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"out: the folder {out} is not empty: name another folder")
-    parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"out: {parent} cannot be written to")
-
-
-def check_disk(out: Path, size: int) -> None:
-    """Refuses samples for which the disk has no room; size: in bytes."""
-    import shutil
-
-    free = shutil.disk_usage(out if out.is_dir() else out.parent).free
-    if size > free:
-        raise ValueError(f"out: {out} has {free / 2**30:.3g} GiB free, and needs {size / 2**30:.3g} GiB")
-
-
 def find_device(options: Options, accelerator):
     """The device that is asked for, or this process's own.
 
@@ -234,8 +164,29 @@ def find_device(options: Options, accelerator):
     return device
 
 
+def special(options: Options, pipe, classes: list[int], solver: str, steps: int) -> str:
+    """Writes the picture that is asked for instead of plain samples, and returns a line about it."""
+    from samples.pictures import write_gif, write_neighbours, write_walk
+
+    from meanflow.files import ensure
+
+    ensure(len(pipe.shape) == 3, f"{options.checkpoint} makes volumes, of which there are no such pictures")
+    ensure(not options.cond, "cond is for plain samples, and not for this picture")
+    how = {"guidance_scale": next(iter(options.cfg_scale), None), "guidance_interval": options.cfg_interval}
+    if options.walk:
+        how |= {"num_inference_steps": steps, "solver": solver}
+        return write_walk(pipe, options.out, options.walk, classes[:16], options.num_images or 10, **how)
+    count = options.num_images or min(len(classes), 16) or 9
+    e = pipe.noise(options.seed, range(count))
+    y = [classes[number % len(classes)] for number in range(count)] if classes else None
+    if options.gif:
+        return write_gif(pipe, options.out, e, y, options.num_steps or 50, **how)
+    how |= {"num_inference_steps": steps, "solver": solver}
+    return write_neighbours(pipe, options.out, Path(options.checkpoint), e, y, **how)
+
+
 def main(options: Options) -> None:
-    is_folder = options.out.suffix not in (".png", ".npz")
+    is_folder = options.out.suffix not in (".png", ".npz", ".gif")
     check_writable(options.out, is_folder)
 
     import numpy as np
@@ -282,6 +233,10 @@ def main(options: Options) -> None:
     accelerator.print(f"guidance {pipe.sampling.guidance}", file=sys.stderr)
     cast(pipe, None if options.dtype == "fp32" else options.dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
+
+    if options.gif or options.walk or options.neighbours:
+        accelerator.print(special(options, pipe, classes, solver, steps))
+        return accelerator.end_training()
 
     def draw(numbers: range):
         """The images of these numbers; each scale has the same noise."""

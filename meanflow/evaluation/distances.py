@@ -1,5 +1,7 @@
 """Distances between two sets of images, in whatever features one gives them."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,29 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
 
 def mean_distance(x: Tensor, y: Tensor) -> float:
     """The mean of |x_i - y_j| over all pairs, in float64, a block at a time."""
-    # By way of squares, which is much faster for many numbers, a distance has 8 digits and not 16.
-    mode = "donot_use_mm_for_euclid_dist" if x.shape[1] <= 128 else "use_mm_for_euclid_dist"
     blocks = ((a.double(), b.double()) for a in x.split(BLOCK) for b in y.split(BLOCK))
-    return float(sum(torch.cdist(a, b, compute_mode=mode).sum() for a, b in blocks)) / (len(x) * len(y))
+    return float(sum(torch.cdist(a, b, compute_mode=mode_for(x)).sum() for a, b in blocks)) / (len(x) * len(y))
+
+
+def nearest(x: Tensor, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The distance of each row to the nearest of other rows, and that row's number, both (N,), in float64.
+
+    Args:
+        x: (N, D).
+        parts: the other rows, which come in parts, (n, D) each.
+    """
+    least, found, first = torch.full((len(x),), torch.inf).double(), torch.zeros(len(x)).long(), 0
+    for part in parts:
+        distance, row = torch.cdist(x.double(), part.double(), compute_mode=mode_for(x)).min(dim=1)
+        is_nearer = distance < least
+        least, found = torch.where(is_nearer, distance, least), torch.where(is_nearer, first + row, found)
+        first += len(part)
+    return least, found
+
+
+def mode_for(x: Tensor) -> str:
+    """By way of squares, which is much faster for many numbers, a distance has 8 digits and not 16."""
+    return "donot_use_mm_for_euclid_dist" if x.shape[1] <= 128 else "use_mm_for_euclid_dist"
 
 
 class Moments:

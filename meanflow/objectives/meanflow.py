@@ -154,9 +154,9 @@ class MeanFlow(Objective):
             raise ValueError(f"noise must be {tuple(x.shape)} like the data, got {tuple(draws.e.shape)}")
         if self.config.channel_weights is not None and self.channel_weights is None:
             raise ValueError("channel_weights are inverse-variance, of data that are not known: call prepare(data)")
+        self.check(self.config, self.net, x.shape[1:], 0 if y is None else self.net.config.num_classes)
         if self.needs_guided(self.config) and draws.guided is None:
             raise ValueError(f"draws must have guided: make them by {type(self).__name__}.make_draws")
-        self.check(self.config, self.net, x.shape[1:], 0 if y is None else self.net.config.num_classes)
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"classes must be ({len(x)},) int64, got {tuple(y.shape)} {y.dtype}")
         if not can_look_at(x):

@@ -15,7 +15,8 @@ RATIOS = (0.25, 0.75)
 
 @cache
 def costs() -> list[dict]:
-    from tools.benchmark import Step, step
+    from benchmarks.options import Step
+    from benchmarks.step import step
 
     return step(Step(hidden_size=192, depth=4, num_heads=3, batch=32, ratio=RATIOS, usual=False, runs=1, repeats=7))
 

@@ -37,7 +37,9 @@ def judge(results: Results) -> list[Claim]:
 
 
 def measure_paper(run: Path, arm: Arm, reference: str | None) -> dict[str, float]:
-    from tools.evaluate import Evaluator, Options, flat
+    from reports.evaluation import flat
+
+    from tools.evaluate import Evaluator, Options
 
     evaluator = Evaluator(Options(str(run), (reference,) if reference else ("held-out",), ("fid",)))
     return {name(*way): flat(evaluator.measure(*way, None)).get("fid", float("nan")) for way in WAYS}

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from caching.shards import claim_cache, finish, is_finished, write_shard
 from conftest import save_vae
 
 from meanflow.config import TrainConfig
@@ -18,7 +19,7 @@ from meanflow.data.loader import make_loader
 from meanflow.data.sources import load_data
 from meanflow.data.vae import load_vae
 from meanflow.objectives.meanflow import MeanFlow
-from tools.cache_latents import Options, cache, claim_cache, finish, is_finished, write_shard
+from tools.cache_latents import Options, cache
 
 SHAPE = (2, 2, 3, 4, 4)  # flips, mean and standard deviation, C, H, W
 CLASSES = ["cat", "dog", "eel"]

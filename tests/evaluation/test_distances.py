@@ -5,7 +5,7 @@ import torch
 
 from meanflow.data.sources import digits
 from meanflow.evaluation import distances
-from meanflow.evaluation.distances import Moments, energy_distance, frechet_distance
+from meanflow.evaluation.distances import Moments, energy_distance, frechet_distance, nearest
 
 
 def test_energy_distance_is_its_definition(monkeypatch):
@@ -46,3 +46,11 @@ def test_real_digits_have_their_known_distance_to_the_held_out_ones():
     assert abs(energy_distance(real, held_out) - 0.108) < 0.001
     assert abs(frechet_distance(Moments.of(real), Moments.of(held_out)) - 22.6) < 0.1
     assert real.shape == (1347, 64)
+
+
+def test_nearest_is_found_in_any_parts():
+    x, y = torch.randn(7, 20), torch.randn(50, 20)
+    expected, rows = torch.cdist(x.double(), y.double()).min(dim=1)
+    for size in (1, 8, 50):
+        least, found = nearest(x, y.split(size))
+        assert torch.allclose(least, expected) and torch.equal(found, rows)

@@ -155,7 +155,7 @@ def test_guided_velocity_and_tangent_match_the_official_numbers(case, golden_imf
     flow = {name: values[k:] for name, values in {**draws.cond, "y": y_seen}.items()}
     with torch.no_grad():
         v_flow = objective.v_at(z_t[k:], draws.t[k:], flow) if k < 6 else v[:0]
-    v_g, v_c = objective.guide(v, z_t, draws.t, {**draws.cond, "y": y}, v_flow, draws)
+    v_g, v_c = objective.guide(v, z_t, draws.t, {**draws.cond, "y": y}, v_flow, draws.guided)
     assert_golden(v_g, expected["v_g_nchw"])
     assert_golden(v_c[:k], expected["v_c_nchw"][:k])
 
@@ -172,11 +172,11 @@ def test_every_recorded_tensor_of_a_case_is_met(case, golden_imf, imf):
         "v_u_nchw": objective.v_at(z_t, t, {**everywhere, "y": null}),
         "v_c_fm_nchw": objective.v_at(z_t, t, {**everywhere, "omega": draws.cond["omega"], "y": y}),
     }
-    kept = replace(draws, drop=torch.zeros_like(draws.drop))
+    kept = guided_draws(config, draws.e, t, draws.r, torch.zeros_like(draws.drop), **draws.cond)
     with torch.no_grad():
         v_flow = objective.v_at(z_t[k:], t[k:], {name: a[k:] for name, a in {**draws.cond, "y": y}.items()})
-    found["v_g_pre_nchw"], found["v_c_nchw"] = objective.guide(v_t, z_t, t, {**draws.cond, "y": y}, v_flow, kept)
-    v_g, _ = objective.guide(v_t, z_t, t, {**draws.cond, "y": y}, v_flow, draws)
+    found["v_g_pre_nchw"], found["v_c_nchw"] = objective.guide(v_t, z_t, t, {**draws.cond, "y": y}, v_flow, kept.guided)
+    v_g, _ = objective.guide(v_t, z_t, t, {**draws.cond, "y": y}, v_flow, draws.guided)
     tangents = found["v_c_nchw"], torch.ones_like(t), torch.zeros_like(t)
     (u, features), (du_dt, _) = jvp(lambda *at: objective.u_and_features(*at, seen), (z_t, t, draws.r), tangents)
     v, V = objective.v_of(features, z_t, t), u + expand(t - draws.r, x) * du_dt

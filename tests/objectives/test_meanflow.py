@@ -53,7 +53,7 @@ def test_velocity_target_and_derivative_match_the_official_numbers(name, golden,
     assert torch.equal(y_inp, expected["y_inp"].long())
     if config.guided:
         u_flow = objective.u(z_t[4:], t[4:], t[4:], {"y": y_inp[4:]})
-        v_g = objective.guide(v, z_t, t, {"y": y_inp}, u_flow, draws)
+        v_g = objective.guide(v, z_t, t, {"y": y_inp}, u_flow, draws.guided)
     else:
         v_g = v
     assert_golden(v_g, expected["v_g_nchw"])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.ways import Way, count_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig, TrainConfig
@@ -12,7 +13,6 @@ from meanflow.data.loader import make_loader
 from meanflow.data.sources import load_data
 from meanflow.training.plan import count, render
 from meanflow.training.preflight import make_net, preflight
-from tools.benchmark import Way, count_bytes
 
 pytestmark = pytest.mark.apart
 RECIPE = TrainConfig(

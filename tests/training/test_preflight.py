@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from caching.shards import write_random
 
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.data.base import InMemory
@@ -17,7 +18,6 @@ from meanflow.training.checkpoint import choose_checkpoint
 from meanflow.training.preflight import checkpoint_bytes, gib, make_net, memory, preflight
 from meanflow.training.screen import render
 from meanflow.training.trainer import Trainer
-from tools.cache_latents import write_random
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from caching.shards import write_random
 from conftest import save_photos
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +20,6 @@ from meanflow.objectives.draws import Draws
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.guard import HostCopy
 from meanflow.training.trainer import Trainer
-from tools.cache_latents import write_random
 
 BY_NAME = {"tolist", "item", "numpy", "cpu", "__array__"} | {"tensor", "as_tensor", "from_numpy"}
 BY_NAME |= {f"__{name}__" for name in ("bool", "index", "int", "float", "complex")}

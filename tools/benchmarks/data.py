@@ -26,7 +26,7 @@ def data(options) -> list[dict]:
     from tempfile import TemporaryDirectory
 
     import torch
-    from cache_latents import write_random  # beside this file
+    from caching.shards import write_random
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
     from tqdm import tqdm
 
@@ -105,7 +105,7 @@ def loader(options) -> list[dict]:
 
     import numpy as np
     import torch
-    from cache_latents import write_random  # beside this file
+    from caching.shards import write_random
     from PIL import Image
     from tqdm import tqdm
 
