@@ -90,6 +90,9 @@ class Runner:
             if "net" in arm.parts:
                 recipe = replace(recipe, model=arm.parts["net"].__name__)
             key = {"recipe": recipe_fields(recipe), "parts": parts}
+        if arm.begins_from:
+            before, _ = self.place(arm.begins_from, seed)
+            key["begins_from"], recipe = before.name, replace(recipe, init_from=str(before))
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.folder / "runs" / digest
         return folder, recipe and replace(recipe, out=folder)
@@ -130,6 +133,9 @@ class Runner:
         result = self.result(place, name)
         if result.exists():
             return read_json(result)["metrics"]
+        if arm.begins_from:
+            before, first = self.place(arm.begins_from, seed)
+            self.train(first, arm.begins_from.parts, before)
         is_whole = recipe is None or self.train(recipe, arm.parts, place)
         metrics = experiment.measure(place, replace(arm, recipe=recipe), self.options.reference) if is_whole else None
         metrics = broadcast_object_list([metrics])[0]  # only the first process may have them

@@ -22,12 +22,14 @@ class Arm:
     Args:
         recipe: its out and seed are chosen by the runner. None: there is nothing to train.
         parts: an objective, net or data of its own, as for meanflow.run.
+        begins_from: another arm, whose network of the same seed it begins with.
         paper: the published figure, most often FID at one step.
     """
 
     recipe: TrainConfig | None
     parts: dict = field(default_factory=dict)
     paper: float | None = None
+    begins_from: "Arm | None" = None
 
 
 class Claim(NamedTuple):
