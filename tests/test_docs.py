@@ -6,6 +6,7 @@ import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
+import launch
 import pytest
 import tyro
 
@@ -35,6 +36,7 @@ OTHERS = {
     "--num_processes",
     "--help",
 } | {"--run", "--metric"}
+OTHERS |= {"--attempts", "--env", "--flavor", "--secrets", "--time", "--volume"}  # sbatch, hf jobs, sky
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -106,13 +108,15 @@ def commands() -> list[str]:
     texts = [block for path in DOCS for block in blocks(path, "sh")]
     texts += [ast.get_docstring(ast.parse(path.read_text())) for path in RECIPES]
     lines = "\n".join(texts).replace("\\\n", " ").splitlines()
-    return sorted({line.partition(" #")[0].strip() for line in lines if re.search(r"recipes/\w+\.py --", line)})
+    return sorted({line.partition(" #")[0].strip() for line in lines if re.search(r" recipes/\w+\.py --", line)})
 
 
 @pytest.mark.parametrize("command", commands())
 def test_documented_commands_warn_of_nothing(command):
     name, flags = re.search(r"recipes/(\w+)\.py(.*)", command).groups()
     flags = [flag for flag in shlex.split(flags) if flag not in ("--help", "#")]
+    if "launch.py" in command:
+        _, flags = tyro.cli(launch.Options, args=[f"recipes/{name}.py", *flags], return_unknown_args=True)
     written = recipe_of(ROOT / f"recipes/{name}.py")
     recipe = tyro.cli(TrainConfig, default=written, args=flags)
     number = {"data/random": 4096}.get(recipe.data)
