@@ -7,8 +7,12 @@ cd "$(dirname "$0")/.."
 pip install -q -c constraints.txt -e . || exit 1
 gpus=$(nvidia-smi --list-gpus | wc -l)
 [ "$gpus" -gt 1 ] && config=accelerate_configs/multi_gpu.yaml || config=accelerate_configs/single_gpu.yaml
-python tools/launch.py "$@" --config-file "$config" --retries 5
+python tools/launch.py "$@" --config-file "$config" --num-processes "$gpus" --retries 5 &
+launcher=$!
+trap 'kill -TERM $launcher' TERM INT  # the run then saves and leaves
+wait $launcher
 code=$?
+while kill -0 $launcher 2> /dev/null; do wait $launcher; code=$?; done  # a signal ends a wait early
 case $code in
     2 | 3) echo "ended with code $code: something has to be changed first" ;;
     *) exit $code ;;

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -73,6 +73,10 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+
+    def at(self, step: int) -> "ObjectiveConfig":
+        """The options as they act at an optimiser step."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,10 @@ class MeanFlowConfig(VelocityConfig):
         check(self.t_start <= self.t_end, "t_start", self.t_start, f"<= t_end, which is {self.t_end}")
         learns_null = not self.guided or self.class_dropout_prob > 0
         check(learns_null, "objective.class_dropout_prob", self.class_dropout_prob, LEARNS_NULL)
+
+    def at(self, step: int) -> "MeanFlowConfig":
+        """Before guidance begins: the options without it."""
+        return self if step >= self.guidance_from_step else replace(self, omega=1.0, kappa=0.0)
 
     @property
     def guided(self) -> bool:

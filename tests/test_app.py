@@ -104,7 +104,7 @@ def test_a_visitor_chooses_a_class_and_sees_images_that_the_seed_repeats(page):
 @pytest.mark.slow
 def test_the_same_file_is_a_space(checkpoint, hub, tmp_path, tool):
     """It needs no part of this project: it runs in a folder of its own, and loads the model from the Hub."""
-    said = tool("push_to_hub", checkpoint, "user/animals", "--space", "user/animals-page")
+    said = tool("push_to_hub", checkpoint, "user/animals", "--revision", "v1", "--space", "user/animals-page")
     assert "spaces/user/animals-page" in said
     from huggingface_hub import snapshot_download
 
@@ -112,6 +112,7 @@ def test_the_same_file_is_a_space(checkpoint, hub, tmp_path, tool):
     assert {path.name for path in folder.iterdir()} >= {"app.py", "README.md", "requirements.txt", "space.json"}
     assert "sdk: gradio" in (folder / "README.md").read_text()
     assert "meanflow" not in (folder / "requirements.txt").read_text()
+    assert "give the Space a secret HF_TOKEN" in said
     code = "import app, sys; app.show = lambda pipe, *_: print(type(app.Page(pipe).build('x')).__name__);"
     code += "app.main_of_space(); print('meanflow' in sys.modules)"
     with open(os.devnull) as nowhere:
@@ -131,7 +132,11 @@ def test_a_walk_begins_and_ends_at_its_noises_and_keeps_their_length():
 
 @pytest.mark.parametrize(
     "flags, message",
-    [(["--port", "0"], "port must be in [1, 65535], got 0"), ([], "makes no pictures, but samples of 4x4x4")],
+    [
+        (["--port", "0"], "port must be in [1, 65535], got 0"),
+        ([], "makes no pictures, but samples of 4x4x4"),
+        (["--device", "abacus"], "device abacus is not there"),
+    ],
 )
 def test_what_cannot_be_shown_is_refused(flags, message, tool, tmp_path):
     sampling = ImprovedMeanFlow.sampling(ImprovedMeanFlowConfig())._asdict()

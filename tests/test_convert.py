@@ -340,6 +340,7 @@ def test_weights_of_a_dit_are_begun_from(tool, tmp_path):
         (("--format", "meanflow-jax", *HEADS), "the file must hold tensors by name, got model, ema, opt"),
         (("--format", "sit", "--to", "sit"), "format must be given, or --to instead of it"),
         ((), "format must be given, or --to instead of it"),
+        (("--to", "sit", "--num-heads", 4), "vae, input_size and num_heads must be left out with --to"),
         (("--to", "sit"), "out must be a file that ends with .safetensors"),
         (("--format", "sit", "--num-heads", 0), "num_heads must be > 0, got 0"),
     ],
@@ -357,6 +358,23 @@ def test_weights_of_another_network_are_refused(sit, tool, tmp_path):
     save_file(DiT(8, 2, 4, 32, 2, 2, num_classes=10).state_dict(), tmp_path / "narrow.safetensors")
     said = tool("convert", tmp_path / "narrow.safetensors", "--format", "dit", "--out", tmp_path / "out")
     assert "num_heads must be given" in said and "and this 32" in said
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: {k: v for k, v in w.items() if k != "t_embedder.mlp.0.weight"}, "t_embedder.mlp.0.weight"),
+        (lambda w: {**w, "pos_embed": torch.zeros(1, 9, 64)}, "pos_embed differs from the sines and cosines"),
+        (lambda w: {**w, "final_layer.linear.bias": torch.zeros(7)}, "cannot be converted as sit"),
+        (lambda w: {**w, "x_embedder.proj.weight": torch.zeros(64, 16)}, "cannot be converted as sit"),
+        (lambda w: {**w, 3: torch.zeros(3)}, "cannot be converted as sit"),
+    ],
+    ids=["missing", "positions", "output", "patches", "number"],
+)
+def test_a_damaged_file_is_refused_in_one_line(change, message, sit, tool, tmp_path):
+    torch.save(change(weights_of(sit[1])), tmp_path / "x.pt")
+    said = tool("convert", tmp_path / "x.pt", "--format", "sit", *HEADS, "--out", tmp_path / "out")
+    assert said.startswith("error: ") and message in said and not (tmp_path / "out").exists()
 
 
 def test_a_vae_of_other_latents_is_refused(sit, vae, unet, tool, tmp_path):

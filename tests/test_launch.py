@@ -5,14 +5,18 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launchers import local, rented
+from launch import Options
+from launchers import rented
+from launchers.run import Run
 from test_distributed import DIGITS, ENVIRONMENT, ONE, ROOT, finish, start
 from test_resume import assert_same, everything
 
+from meanflow.config import TrainConfig
 from meanflow.files import read_json
 from meanflow.program import END, REFUSED
 from meanflow.publishing.checkpoints import checkpoints, verify_checkpoint
@@ -39,7 +43,7 @@ def wait_for(happens, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def kill(run: local.Run, rng: random.Random) -> None:
+def kill(run: Run, rng: random.Random) -> None:
     """Kills what trains, its launcher, or all of the run's processes, by SIGKILL."""
     living = run.processes()
     for process in rng.choice([living[:1], living[1:2] or living, living]):
@@ -54,7 +58,7 @@ def test_a_run_and_its_launcher_that_are_killed_end_as_an_undisturbed_one(tmp_pa
     steps = ["--steps", str(30 * kills)]
     finish(start(*ONE, *RUN, *steps, "--out", str(tmp_path / "straight")))
     command = [*RUN, *steps, *ON_CPU, "--retries", "15", "--out", str(tmp_path / "killed"), "--detach"]
-    run = local.Run(tmp_path / "killed")
+    run = Run(tmp_path / "killed")
     launch(*command)
     for number in range(kills):
         wait_for(lambda count=number + 1: len(run.read_state().get("starts", [])) == count and run.processes())
@@ -91,13 +95,13 @@ def test_a_run_and_its_launcher_that_are_killed_end_as_an_undisturbed_one(tmp_pa
 def test_a_divergence_and_a_refusal_are_started_once(flags, code, words, tmp_path):
     out = tmp_path / "run"
     said = launch(*RUN, "--steps", "200", *flags, *ON_CPU, "--out", str(out), code=code)
-    state = local.Run(out).read_state()
+    state = Run(out).read_state()
     assert words in said and len(state["starts"]) == 1 and state["ended"]["code"] == code
 
 
 @pytest.mark.slow
 def test_stop_leaves_a_checkpoint_and_no_process_and_the_same_command_goes_on(tmp_path):
-    run = local.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     command = [*RUN, "--steps", "100000", *ON_CPU, "--out", str(run.out)]
     launch(*command, "--detach")
     wait_for(lambda: run.step() > 0)
@@ -122,6 +126,44 @@ def test_stop_leaves_a_checkpoint_and_no_process_and_the_same_command_goes_on(tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_wish_to_stop_that_comes_while_the_run_begins_is_not_lost(processes, tmp_path):
+    """Before the processes that train are there; and with two, which the launcher of torch starts."""
+    run = Run(tmp_path / "run")
+    config = ["--config-file", f"accelerate_configs/cpu{'_2proc' if processes == 2 else ''}.yaml", "--delay", "0"]
+    command = [*RUN, "--steps", "100000", *config, "--out", str(run.out)]
+    for delay in (0, 1, 3):
+        launch(*command, "--detach")
+        wait_for(run.processes)
+        time.sleep(delay)
+        begin = time.monotonic()
+        launch("stop", str(run.out))
+        assert time.monotonic() < begin + 40 and not run.processes() and run.launcher() is None
+        assert run.read_state()["ended"]["code"] == STOPPED
+
+
+@pytest.mark.slow
+def test_two_processes_are_stopped_and_killed_and_go_on(tmp_path):
+    run = Run(tmp_path / "run")
+    command = [*RUN, "--steps", "100000", "--config-file", "accelerate_configs/cpu_2proc.yaml", "--delay", "0"]
+    command += ["--num-processes", "2", "--out", str(run.out)]
+    launch(*command, "--detach")
+    wait_for(lambda: run.step() > 0)
+    step = run.step()
+    run.processes()[-1].kill()
+    wait_for(lambda: len(run.read_state()["starts"]) == 2 and run.step() > step)
+    launch("stop", str(run.out))
+    assert checkpoints(run.out)[-1].name == f"step-{run.step():08d}" and not run.processes()
+
+
+@pytest.mark.slow
+def test_a_program_that_notes_no_end_is_known_by_its_exit_code(tmp_path):
+    (tmp_path / "own.py").write_text("print('done')\n")
+    said = launch(str(tmp_path / "own.py"), *ON_CPU, "--out", str(tmp_path / "run"))
+    assert "finished" in said and len(Run(tmp_path / "run").read_state()["starts"]) == 1
+
+
+@pytest.mark.slow
 def test_hours_end_a_run_with_a_checkpoint(tmp_path):
     out = tmp_path / "run"
     said = launch(*RUN, "--steps", "100000", *ON_CPU, "--hours", "0.004", "--out", str(out), code=STOPPED)
@@ -135,7 +177,7 @@ def test_a_recipe_that_makes_no_progress_is_given_up(tmp_path):
     out = tmp_path / "run"
     said = launch(str(recipe), *ON_CPU, "--out", str(out), code=1)
     assert "given up, since 2 restarts made no step of progress" in said
-    assert len(local.Run(out).read_state()["starts"]) == 3
+    assert len(Run(out).read_state()["starts"]) == 3
     assert "given up after 1 restarts" in launch(str(recipe), *ON_CPU, "--retries", "1", "--out", str(out), code=1)
 
 
@@ -155,6 +197,12 @@ def test_a_recipe_that_makes_no_progress_is_given_up(tmp_path):
             "gpu must be such as H100 or H100:8, got ABACUS",
         ),
         (["recipes/digits_dit.py", "--on", "modal", "--hours", "48"], "hours must be at most 24"),
+        (["recipes/digits_dit.py", "--on", "modal", "--gpu", "T4"], "modal: Token missing"),
+        (["recipes/digits_dit.py", "--on", "slurm", "--retries", "9"], "retries and delay must be left out"),
+        (["recipes/digits_dit.py", "--on", "slurm", "--num-processes", "2"], "must be left out without --on local"),
+        (["recipes/digits_dit.py", "--resume", "never"], "--resume cannot be given to the launcher"),
+        (["recipes/digits_dit.py", "--smoke"], "--smoke cannot be given to the launcher"),
+        (["recipes/digits_dit.py", "--dry-run"], "--dry-run cannot be given to the launcher"),
     ],
 )
 def test_bad_input_ends_in_one_line(flags, message):
@@ -181,15 +229,24 @@ def test_modal_gets_an_app_with_the_options():
     assert spec.gpus == "H100:4" and set(spec.volumes) == {"/runs", "/cache"}
     there = rented.command(options, Path("runs/digits"), ["--lr", "1e-3", "--out", "runs/digits"])
     assert there[:3] == ["python", "tools/launch.py", "recipes/digits_dit.py"]
-    assert there[-4:] == ["--out", "/runs/digits", "--lr", "1e-3"] and "accelerate_configs/multi_gpu.yaml" in there
-    assert rented.command(SimpleNamespace(**{**vars(options), "verify": True}), Path("x"), [])[-1] == "--smoke"
+    assert there[-4:] == ["--out", "/runs/digits", "--lr", "1e-3"]
+    assert " ".join(there[3:9]) == "--config-file accelerate_configs/multi_gpu.yaml --num-processes 4 --hours 11.64"
+    tried = rented.command(SimpleNamespace(**{**vars(options), "verify": True}), Path("x"), [])
+    assert tried == ["python", "recipes/digits_dit.py", "--smoke", "--out", "/runs/try"]
 
 
 def test_the_container_returns_what_is_not_to_be_tried_again(tmp_path):
     train = rented.make_train(str(tmp_path))
-    assert [train(["sh", "-c", f"exit {code}"]) for code in (0, REFUSED, DIVERGED)] == [0, REFUSED, DIVERGED]
-    with pytest.raises(RuntimeError, match="ended with code 1"):
-        train(["false"])
+    decided = [0, 1, REFUSED, DIVERGED, STOPPED]
+    assert [train(["sh", "-c", f"exit {code}"]) for code in decided] == decided
+    with pytest.raises(RuntimeError, match="ended with code -9"):
+        train(["sh", "-c", "kill -9 $$"])
+
+
+def test_the_launcher_and_recipes_share_only_the_flag_that_is_off_by_default():
+    shared = {field.name for field in fields(Options)} & {field.name for field in fields(TrainConfig)}
+    assert shared == {"verify"}  # of which recipes know --no-verify, and the launcher does not
+    assert "no-verify" not in launch("--help")
 
 
 def test_a_refusal_is_noted_where_the_launcher_looks(tool, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig, TrainConfig
 from meanflow.data.sources import load_data
+from meanflow.files import checksums, write_json
 from meanflow.noise import noise
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.publishing.checkpoints import load_network, load_pipeline
@@ -346,6 +347,27 @@ def test_neighbours_are_the_nearest_training_digits(digits_run, tool, tmp_path):
 def test_pictures_that_cannot_be_are_refused(flags, message, digits_run, tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in tool("sample", digits_run, *flags)
+
+
+def test_neighbours_of_a_run_that_mirrors_are_looked_for_in_mirror_images_too(digits_run, tool, tmp_path):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    checkpoint = run / "step-00000002"
+    recipe = json.loads((checkpoint / "recipe.json").read_text())
+    (checkpoint / "recipe.json").write_text(json.dumps({**recipe, "flip": True}))
+    write_json(checkpoint / "checksums.json", checksums_without_own(checkpoint))
+    tool("sample", run, "--neighbours", "--num-images", 3, "--out", tmp_path / "x.png")
+    pipe, real = load_pipeline(digits_run), load_data(TrainConfig(steps=1)).x
+    z = pipe([0, 1, 2], latents=pipe.noise(0, range(3)), output_type="latent").images
+    both = torch.cat([real, real.flip(-1)])
+    nearest = ((z[:, None] - both[None]) ** 2).flatten(2).sum(2).argmin(1)
+    picture = np.asarray(Image.open(tmp_path / "x.png").convert("L"), dtype=float)
+    for place, index in enumerate(nearest):
+        below = picture[52 : 52 + 48 : 6, 50 * place + 2 : 50 * place + 2 + 48 : 6]
+        assert np.abs(below - 127.5 * (both[index, 0].numpy() + 1)).max() <= 1
+
+
+def checksums_without_own(folder: Path) -> dict[str, str]:
+    return {name: value for name, value in checksums(folder).items() if name != "checksums.json"}
 
 
 def test_neighbours_of_an_export_are_refused(digits_run, tool, tmp_path):

@@ -3,7 +3,7 @@
     python tools/app.py runs/digits                      # then open http://127.0.0.1:7860
     python tools/app.py user/ditxl --host 0.0.0.0        # for others, too
 
-It needs pip install 'meanflow[app]', and no network. The same file is a Space of the Hub, which needs only diffusers,
+It needs pip install -e '.[app]', and no network. The same file is a Space of the Hub, which needs only diffusers,
 timm, gradio and tyro: tools/push_to_hub.py --space writes it.
 """
 
@@ -93,6 +93,8 @@ class Page:
 
     def walk(self, name, first, last, count):
         """Samples of noises on the arc between two."""
+        if not hasattr(self.pipe, "walk"):
+            raise ValueError("this model was exported by an earlier version: export it again")
         e = self.pipe.walk(int(first), int(last), int(count))
         y = None if not self.names else self.classes(self.names[0] if name == EVERY else name, len(e))
         images, seconds = self.draw(e, y, 1 if not self.is_flow else 50, self.pipe.sampling.solver)
@@ -185,18 +187,18 @@ def main(options: Options) -> None:
     from meanflow.files import ensure
 
     check(0 < options.port < 2**16, "port", options.port, "in [1, 65535]")
-    ensure(find_spec("gradio") is not None, "gradio is not installed: pip install 'meanflow[app]'")
-    import torch
+    ensure(find_spec("gradio") is not None, "gradio is not installed: pip install -e '.[app]'")
+    from samples.device import find_device
 
     from meanflow.publishing.checkpoints import load_pipeline
 
+    device = find_device(options.device)
     pipe = load_pipeline(options.checkpoint, trust_remote_code=options.trust_remote_code)
     is_picture = len(pipe.shape) == 3 and (pipe.vae is not None or pipe.shape[0] in (1, 3))
     ensure(is_picture, f"{options.checkpoint} makes no pictures, but samples of {'x'.join(map(str, pipe.shape))}")
     needed = pipe.condition_names(required=True)
     ensure(not needed, f"{options.checkpoint} needs {', '.join(needed)}, which the page cannot give")
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    pipe.to(options.device or best)
+    pipe.to(device)
     name = Path(options.checkpoint).name
     show(pipe, name, options.host, options.port)
 
@@ -206,8 +208,8 @@ def main_of_space() -> None:
     import torch
     from diffusers import DiffusionPipeline
 
-    model = json.loads(SPACE.read_text())["model"]
-    pipe = DiffusionPipeline.from_pretrained(model, trust_remote_code=True)
+    model, revision = json.loads(SPACE.read_text()).values()
+    pipe = DiffusionPipeline.from_pretrained(model, revision=revision, trust_remote_code=True)
     show(pipe.to("cuda" if torch.cuda.is_available() else "cpu"), model, None, None)
 
 

@@ -74,6 +74,8 @@ class Options:
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "> 0")
         check((self.format is None) != (self.to is None), "format", self.format, "given, or --to instead of it")
+        is_alone = (self.vae, self.input_size, self.num_heads) == (None, None, None)
+        check(self.to is None or is_alone, "vae, input_size and num_heads", "one", "left out with --to")
         endings = {"meanflow-jax": ".npz", "sit": ".safetensors"}
         fits = self.to is None or self.out.suffix == endings[self.to]
         check(fits, "out", self.out, f"a file that ends with {endings.get(self.to)}")
@@ -94,13 +96,15 @@ def write_export(options: Options, importer) -> None:
     from importers.common import read
 
     from meanflow.data.vae import load_vae
-    from meanflow.files import ensure, write_json
+    from meanflow.files import ensure, errors_as, write_json
     from meanflow.publishing.export import export_folder
     from meanflow.publishing.pipeline import MeanFlowPipeline
 
     source = Path(options.source).expanduser()
     ensure(source.is_file(), f"{source} is no file")
-    found = importer.convert(read(source), options.input_size, options.num_heads)
+    content = read(source)
+    with errors_as(f"{source} cannot be converted as {options.format}"):
+        found = importer.convert(content, options.input_size, options.num_heads)
     fate = {name: getattr(found, name) for name in ("used", "unused", "missing")}
     said = {name: f"{len(keys)}, such as {keys[0]}" if keys else "none" for name, keys in fate.items()}
     for name, words in said.items():

@@ -18,7 +18,15 @@ from typing import Annotated, Literal
 import tyro
 
 from meanflow.config import Refusal, check
+from meanflow.files import ensure
 from meanflow.program import read_flags, refusals
+
+# Flags of a recipe that make no sense with a launcher.
+ALONE = {
+    "--resume": "at each restart it would go back to that checkpoint; give it to accelerate launch, and then launch",
+    "--smoke": "a smoke test takes a minute, in a folder of its own: python RECIPE --smoke",
+    "--dry-run": "it trains nothing: python RECIPE --dry-run",
+}
 
 
 @dataclass(frozen=True)
@@ -27,9 +35,11 @@ class Options:
     """the recipe's file; or status, logs or stop, and the folder of a run"""
     on: Literal["local", "slurm", "modal"] = "local"
     """local: this machine, by accelerate launch; slurm: submit accelerate_configs/slurm.sbatch; modal: a rented GPU of
-    modal.com (pip install 'meanflow[cloud]', modal setup)"""
+    modal.com (pip install -e '.[cloud]', modal setup)"""
     config_file: Path | None = None
     """local: for accelerate launch, such as accelerate_configs/multi_gpu.yaml; default: accelerate's own"""
+    num_processes: int | None = None
+    """local: how many processes accelerate launch starts; default: what its config says"""
     retries: int = 5
     """how often the run may be started again"""
     delay: float = 30.0
@@ -40,7 +50,7 @@ class Options:
     """go on without this terminal"""
     gpu: str = "H100:8"
     """modal: the kind of GPU, and how many"""
-    verify: bool = False
+    verify: tyro.conf.FlagCreatePairsOff[bool] = False  # --no-verify is the recipe's
     """modal: only try the account, by a small run there and back"""
 
     def __post_init__(self) -> None:
@@ -49,7 +59,12 @@ class Options:
         check(self.hours is None or 0 < self.hours <= 10_000, "hours", self.hours, "> 0 and at most 10,000")
         check(self.recipe.is_file(), "recipe", self.recipe, "a file, or status, logs or stop")
         check(self.config_file is None or self.config_file.is_file(), "config_file", self.config_file, "a file")
+        check(self.num_processes is None or self.num_processes > 0, "num_processes", self.num_processes, "> 0")
         check(self.on == "modal" or not self.verify, "verify", True, "given with --on modal")
+        is_plain = self.config_file is None and self.num_processes is None
+        check(self.on == "local" or is_plain, "config_file and num_processes", "one", "left out without --on local")
+        is_usual = (self.retries, self.delay) == (5, 30.0)
+        check(self.on != "slurm" or is_usual, "retries and delay", "one", "left out: the script queues itself again")
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,9 @@ def main() -> None:
     options, flags = read_flags(Options, others=True)
     if {"--help", "-h"} & set(flags):
         raise Refusal(f"help of the recipe: python {options.recipe} --help")
+    for flag, why in ALONE.items():
+        is_given = any(each.split("=")[0] == flag for each in flags)
+        ensure(not is_given, f"{flag} cannot be given to the launcher: {why}")
     out, flags = folder_of(options.recipe, flags)
     if options.on == "modal":
         from launchers import rented

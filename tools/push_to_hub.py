@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import tyro
@@ -23,6 +24,7 @@ CARD = """---
 title: {title}
 sdk: gradio
 sdk_version: {gradio}
+python_version: "3.11"
 app_file: app.py
 models: [{model}]
 ---
@@ -56,8 +58,9 @@ class Options:
 def write_space(folder: Path, options: Options) -> None:
     """What a Space needs: the page's file, the model's id, the packages, and a card."""
     shutil.copyfile(Path(__file__).with_name("app.py"), folder / "app.py")
-    (folder / "space.json").write_text(json.dumps({"model": options.repo_id}) + "\n")
-    (folder / "requirements.txt").write_text("\n".join(PACKAGES) + "\n")
+    (folder / "space.json").write_text(json.dumps({"model": options.repo_id, "revision": options.revision}) + "\n")
+    versions = [f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES]
+    (folder / "requirements.txt").write_text("\n".join(versions) + "\n")
     title = options.repo_id.split("/")[1]
     (folder / "README.md").write_text(CARD.format(title=title, gradio=GRADIO, model=options.repo_id))
 
@@ -73,6 +76,8 @@ def main(options: Options) -> None:
             write_space(Path(folder), options)
             push(Path(folder), options.space, private=private, space=True)
         print(f"pushed: https://huggingface.co/spaces/{options.space}")
+        if private:
+            print(f"{options.repo_id} is private: give the Space a secret HF_TOKEN that may read it")
 
 
 if __name__ == "__main__":

@@ -144,26 +144,6 @@ def conditions_named(cond: dict) -> Iterator[None]:
         raise ValueError(f"the network does not take cond {shapes}: {first_line(error)}") from error
 
 
-def find_device(options: Options, accelerator):
-    """The device that is asked for, or this process's own.
-
-    Raises:
-        ValueError: it is not there, or there are several processes.
-    """
-    import torch
-
-    from meanflow.files import first_line
-
-    if options.device and accelerator.num_processes > 1:
-        raise ValueError(f"device {options.device} is for one process: accelerate launch gives each its own")
-    device = options.device or accelerator.device
-    try:
-        torch.zeros(1, device=device).item()  # which "meta" has not
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device} is not there: {first_line(error)}") from None
-    return device
-
-
 def special(options: Options, pipe, classes: list[int], solver: str, steps: int) -> str:
     """Writes the picture that is asked for instead of plain samples, and returns a line about it."""
     from samples.pictures import write_gif, write_neighbours, write_walk
@@ -193,6 +173,7 @@ def main(options: Options) -> None:
     import torch
     from accelerate import Accelerator
     from accelerate.utils import gather_object
+    from samples.device import find_device
     from tqdm import tqdm
 
     from meanflow.files import ensure
@@ -202,7 +183,7 @@ def main(options: Options) -> None:
 
     accelerator = Accelerator(cpu=options.device == "cpu" or not torch.accelerator.is_available())
     rank, world = accelerator.process_index, accelerator.num_processes
-    device = find_device(options, accelerator)
+    device = find_device(options.device, accelerator)
     pipe = load_pipeline(options.checkpoint, options.ema, options.variant, options.revision, options.trust_remote_code)
     solver = options.solver or pipe.sampling.solver
     scales = options.cfg_scale or (None,)
@@ -235,6 +216,7 @@ def main(options: Options) -> None:
     pipe.set_progress_bar_config(disable=True)
 
     if options.gif or options.walk or options.neighbours:
+        ensure(world == 1, f"--gif, --walk and --neighbours are for one process, got {world}")
         accelerator.print(special(options, pipe, classes, solver, steps))
         return accelerator.end_training()
 

@@ -160,8 +160,7 @@ def draw_slots(config: VelocityConfig, shape: tuple, seed: int, slots: Sequence[
 def make_draws(config: MeanFlowConfig, shape: tuple, seed: int, slots: Sequence[int], global_batch=None) -> Draws:
     """As draw_slots, with the rows that guidance changes, from the step on at which it begins."""
     draws = draw_slots(config, shape, seed, slots, global_batch)
-    step = slots[0] // (global_batch or len(slots))
-    acts = config.guided and step >= config.guidance_from_step
+    acts = config.at(slots[0] // (global_batch or len(slots))).guided
     return replace(draws, guided=guided_rows(config, draws.t, draws.drop)) if acts else draws
 
 

@@ -193,6 +193,6 @@ def read_export(folder: Path, variant: str | None, trust_remote_code: bool) -> M
         net = network_class(name, code, trust_remote_code).from_pretrained(folder / "net", **options)
         check_finite(net, folder)
         has_vae = (index.get("vae") or [None])[0]
-        vae = AutoencoderKL.from_pretrained(folder / "vae", **options) if has_vae else None
+        vae = AutoencoderKL.from_pretrained(folder / "vae", **options).requires_grad_(False) if has_vae else None
         sampling = sampling_of_meanflow(index["objective"]) if "objective" in index else index["sampling"]
         return MeanFlowPipeline(net.eval(), vae, sampling, index.get("id2label"), index.get("latents"))

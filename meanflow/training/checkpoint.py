@@ -169,7 +169,8 @@ class CheckpointWriter:
     def begin(self, temporary: Path, progress: dict) -> None:
         remove_temporary(self.recipe.out)
         temporary.mkdir(parents=True)
-        sampling = self.objective.sampling(self.recipe.objective)._asdict()
+        last = self.recipe.objective.at(progress["step"] - 1)  # the step that was trained last
+        sampling = self.objective.sampling(last)._asdict()
         parts = {"recipe": self.fields, "data": self.metadata, "sampling": sampling, "step": progress}
         for name, fields in parts.items():
             write_json(temporary / f"{name}.json", fields)

@@ -241,7 +241,8 @@ class Trainer:
 
     def sampled(self) -> tuple[torch.nn.Module, Sampling]:
         """The first average, and how it is sampled."""
-        return self.averages.nets[str(self.recipe.ema_decay[0])], self.bare.sampling(self.recipe.objective)
+        config = self.recipe.objective.at(self.step - 1)
+        return self.averages.nets[str(self.recipe.ema_decay[0])], self.bare.sampling(config)
 
     def evaluate(self) -> dict[str, float]:
         """Logs how the samples compare with the reference. Returns this by its name, {} where it failed."""

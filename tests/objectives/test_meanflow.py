@@ -299,7 +299,8 @@ def test_guidance_begins_at_its_step():
             draws = MeanFlow.make_draws(config, (3, 4, 4), 0, slots, 8)
             losses.append(MeanFlow(net, config)(batch_of(x, y, draws), step).loss.item())
         assert losses[1] != losses[2] and losses[0] == losses[1 if step >= 3 else 2]
-    assert MeanFlow.sampling(late).guidance_scale == pytest.approx(1.25)
+    assert MeanFlow.sampling(late.at(3)).guidance_scale == pytest.approx(1.25)
+    assert MeanFlow.sampling(late.at(2)).guidance_scale is None
     assert MeanFlow.sampling(late).guidance.endswith("from step 3 on")
 
 

@@ -240,3 +240,11 @@ def test_learning_rate_starts_full_without_warm_up_and_would_be_0_at_the_end(sch
     recipe = TrainConfig(steps=5, lr=2.0, schedule=schedule, warmup_steps=warmup_steps)
     rates = [learning_rate(recipe, step, 5, recipe.lr) for step in range(5)]
     assert rates == pytest.approx([2 * value for value in expected])
+
+
+def test_checkpoints_say_that_guidance_is_trained_in_from_the_step_on_at_which_it_begins(recipe, tmp_path):
+    objective = MeanFlowConfig(omega=0.5, kappa=0.6, guidance_from_step=3)
+    train(replace(recipe, objective=objective, steps=4, checkpoint_every=1, keep=4))
+    scales = [read_sampling(folder)["guidance_scale"] for folder in checkpoints(recipe.out)]
+    assert scales == [None, None, None, pytest.approx(1.25)]
+    assert "effective scale 1.25" in (recipe.out / "pipeline/README.md").read_text()

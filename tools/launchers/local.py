@@ -5,7 +5,7 @@ later one follows the run that still lives. A run is found by a variable of its 
 have. What the launcher knows is in the folder .launch of the run.
 """
 
-import json
+import errno
 import os
 import signal
 import subprocess
@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+from launchers.run import Run, known_run, lives, show_from
 from meanflow.config import check
 from meanflow.files import ensure, read_json, write_json
 from meanflow.program import END, REFUSED
@@ -30,63 +31,6 @@ PATIENCE = 600  # seconds in which processes may save and leave, before they are
 IDLE = 2  # restarts without a step of progress, after which the launcher gives up
 
 
-class Run:
-    """What can be seen of a run from outside. Its folder need not be there."""
-
-    def __init__(self, out: Path):
-        self.out = out.expanduser().resolve()
-        self.folder = self.out / ".launch"
-        self.end, self.log, self.state = (self.folder / name for name in ("end.json", "log.txt", "state.json"))
-
-    def processes(self) -> list[psutil.Process]:
-        """All that live, `accelerate launch` first."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):  # it has ended, or is another user's
-                is_dead = process.status() == psutil.STATUS_ZOMBIE
-                if not is_dead and process.environ().get(END) == str(self.end):
-                    found.append(process)
-        return sorted(found, key=lambda process: process.create_time())
-
-    def ask_to_stop(self) -> None:
-        """Sends SIGTERM to the processes that train: accelerate launch does not pass it on."""
-        living = self.processes()
-        known = {process.pid for process in living}
-        for process in living:
-            with suppress(psutil.Error):
-                is_launcher = "accelerate.commands.launch" in " ".join(process.cmdline())
-                has_launcher = process.ppid() in known and is_launching(process.parent())
-                if not is_launcher and (has_launcher or process.ppid() not in known):
-                    process.send_signal(signal.SIGTERM)
-
-    def step(self) -> int:
-        """The furthest step that is saved or logged."""
-        saved = [int(path.name[5:]) for path in self.out.glob("step-" + "[0-9]" * 8)]
-        lines = (self.out / "log.jsonl").read_text().splitlines() if (self.out / "log.jsonl").exists() else []
-        logged = 0
-        for line in lines[-3:]:
-            with suppress(ValueError):  # the line is being written
-                logged = json.loads(line).get("step", logged)
-        return max([0, logged, *saved])
-
-    def read_state(self) -> dict:
-        return read_json(self.state) if self.state.exists() else {}
-
-    def launcher(self) -> psutil.Process | None:
-        """The process that follows the run, if it lives."""
-        state = self.read_state()
-        with suppress(psutil.Error, KeyError):
-            process = psutil.Process(state["launcher"])
-            is_it = abs(process.create_time() - state["launcher_began"]) < 2  # and no later process of this number
-            if is_it and process.status() != psutil.STATUS_ZOMBIE:
-                return process
-        return None
-
-
-def is_launching(process: psutil.Process | None) -> bool:
-    return process is not None and "accelerate.commands.launch" in " ".join(process.cmdline())
-
-
 def launch(options, out: Path, flags: list[str]) -> int:
     """Starts the launcher, here or detached, and returns its exit code.
 
@@ -95,14 +39,14 @@ def launch(options, out: Path, flags: list[str]) -> int:
     """
     run = Run(out)
     config = ["--config_file", str(options.config_file)] if options.config_file else []
+    config += ["--num_processes", str(options.num_processes)] if options.num_processes else []
     command = [sys.executable, "-m", "accelerate.commands.launch", "-q", *config, str(options.recipe), *flags]
     check(not run.out.exists() or run.out.is_dir(), "out", run.out, "a folder")
     other = run.launcher()
     followed = f"python tools/launch.py status {out}"
     ensure(other is None, f"{out} is followed already, by process {other and other.pid}: {followed}")
-    lives = bool(run.processes())
     same = run.read_state().get("command") == command
-    ensure(not lives or same, f"a run with other flags lives in {out}: python tools/launch.py stop {out}")
+    ensure(same or not run.processes(), f"a run with other flags lives in {out}: python tools/launch.py stop {out}")
     run.folder.mkdir(parents=True, exist_ok=True)
     if not options.detach:
         return Launcher(run, command, options).follow()
@@ -112,6 +56,9 @@ def launch(options, out: Path, flags: list[str]) -> int:
         process = subprocess.Popen([sys.executable, *arguments], env={**os.environ, DETACHED: "1"}, **how)
     while process.poll() is None and run.launcher() is None:
         time.sleep(0.05)
+    if process.poll():
+        print((run.folder / "launcher.txt").read_text().strip().splitlines()[-1], file=sys.stderr)
+        return process.returncode
     print(f"{out}: followed by process {process.pid}: python tools/launch.py status {out}; or logs, or stop")
     return 0
 
@@ -123,6 +70,7 @@ class Launcher:
         self.run, self.command, self.options = run, command, options
         self.lock = FileLock(run.folder / "lock", timeout=0)
         self.is_asked_to_stop = False
+        self.child = None  # `accelerate launch`, if this launcher started it
         self.is_shown = False  # whether the run's output is shown here
         self.place = 0  # in the log, up to where it was shown
 
@@ -131,6 +79,10 @@ class Launcher:
             self.lock.acquire()
         except Timeout:
             raise ValueError(f"{self.run.out} is followed already, by another launcher") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # which network file systems without locks give
+                raise
+            print(f"warning: {self.run.folder} cannot be locked: see that only one launcher follows it")
         for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGINT)):
             signal.signal(number, self.receive)
         state = self.run.read_state()
@@ -151,12 +103,11 @@ class Launcher:
         """Returns the exit code, and why the run is not started again."""
         while True:
             if not self.run.processes():
-                if self.is_asked_to_stop:
-                    return STOPPED, "stopped before it was started"
+                if self.is_asked_to_stop or self.is_late():
+                    return STOPPED, f"stopped at step {self.run.step():,}; the same command goes on"
                 self.start()
             self.wait()
-            end = read_json(self.run.end) if self.run.end.exists() else {}
-            code, why = end.get("code"), end.get("reason", "its processes were killed")
+            code, why = self.read_end()
             start, step = self.state["starts"][-1], self.run.step()
             start |= {"code": code, "reason": why, "step": step, "ended": time.time()}
             self.save()
@@ -173,6 +124,14 @@ class Launcher:
             self.say(f"{self.run.out}: {why}, at step {step:,}: again in {self.options.delay:g} s")
             self.pause(self.options.delay)
 
+    def read_end(self) -> tuple[int | None, str]:
+        """The code and the reason that the run noted, or what can be known of one that did not."""
+        if self.run.end.exists():
+            end = read_json(self.run.end)
+            return end["code"], end["reason"]
+        code = self.child.poll() if self.child else None
+        return (0, "finished") if code == 0 else (None, "it crashed, or its processes were killed")
+
     def start(self) -> None:
         self.run.end.unlink(missing_ok=True)
         furthest = max([self.run.step(), *(start["step"] for start in self.state["starts"])])
@@ -181,26 +140,26 @@ class Launcher:
         environment = {**os.environ, END: str(self.run.end)}
         with self.run.log.open("a") as log:
             how = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-            subprocess.Popen(self.command, env=environment, **how)
+            self.child = subprocess.Popen(self.command, env=environment, **how)
 
     def wait(self) -> None:
-        """Until no process of the run lives. What outlives `accelerate launch` for long is killed."""
-        first, asked, orphaned = self.run.processes()[:1], False, None
+        """Until no process of the run lives.
+
+        What lives PATIENCE seconds after `accelerate launch` has ended, or after it was asked to stop, is killed.
+        """
+        head, asked, leaving = self.run.processes()[:1], set(), None
         while True:
-            has_head = bool(first) and first[0].is_running() and first[0].status() != psutil.STATUS_ZOMBIE
+            has_head = any(map(lives, head))
             self.show()
             if not has_head and not self.run.processes():
                 return
-            if self.is_late():
-                self.is_asked_to_stop = True
-            if self.is_asked_to_stop and not asked:
-                self.run.ask_to_stop()
-                asked = True
-            if not has_head:
-                orphaned = orphaned or time.monotonic()
-                if time.monotonic() > orphaned + PATIENCE:
-                    for process in self.run.processes():
-                        process.kill()
+            self.is_asked_to_stop |= self.is_late()
+            if self.is_asked_to_stop:
+                self.run.ask_to_stop(asked)
+            if self.is_asked_to_stop or not has_head:
+                leaving = leaving or time.monotonic()
+                if time.monotonic() > leaving + PATIENCE:
+                    self.run.kill()
             time.sleep(0.2)
 
     def is_late(self) -> bool:
@@ -229,21 +188,6 @@ class Launcher:
     def show(self) -> None:
         if self.is_shown and self.run.log.exists():
             self.place = show_from(self.run.log, self.place)
-
-
-def show_from(log: Path, place: int) -> int:
-    """Prints a file from this byte on, and returns where it ended."""
-    with log.open("rb") as file:
-        file.seek(place)
-        text = file.read()
-    print(text.decode(errors="replace"), end="", flush=True)
-    return place + len(text)
-
-
-def known_run(out: Path) -> Run:
-    run = Run(out)
-    ensure(run.state.exists(), f"{out} was not started by tools/launch.py")
-    return run
 
 
 def status(out: Path) -> int:
@@ -281,14 +225,14 @@ def stop(out: Path) -> int:
         print(f"{out}: no process lives, step {run.step():,}")
         return 0
     if launcher is not None:
-        launcher.send_signal(signal.SIGTERM)
-    else:
-        run.ask_to_stop()
-    begin = time.monotonic()
+        with suppress(psutil.Error):  # it has just ended
+            launcher.send_signal(signal.SIGTERM)
+    begin, asked = time.monotonic(), set()
     while run.launcher() is not None or run.processes():
-        ensure(
-            time.monotonic() < begin + PATIENCE, f"{out}: processes still live after {PATIENCE} s: {run.processes()}"
-        )
+        if run.launcher() is None:
+            run.ask_to_stop(asked)
+        if time.monotonic() > begin + PATIENCE + 10:  # a launcher that lives kills them earlier
+            run.kill()
         time.sleep(0.2)
     print(f"{out}: stopped at step {run.step():,}; the same command goes on")
     return 0

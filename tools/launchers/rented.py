@@ -9,14 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from meanflow.config import check
-from meanflow.files import ensure
+from meanflow.config import Refusal, check
+from meanflow.files import errors_as
 
 ROOT = Path(__file__).parents[2]
 THERE = "/root/meanflow"  # where the repository lies in the container
 RUNS, CACHE = "/runs", "/cache"
 MOST_HOURS, MOST_RETRIES, MOST_DELAY = 24, 10, 60  # Modal's limits
-LEFT_OUT = [".git", ".venv", "runs", "data", "models/*/**", "**/__pycache__", "*.egg-info"]
+LEFT_OUT = [".git", ".venv", ".env*", "runs", "data", "wandb", "models/*/**", "**/__pycache__", "*.egg-info"]
 KINDS = ("T4", "L4", "A10", "A100", "A100-40GB", "A100-80GB", "L40S", "H100", "H200", "B200")
 
 
@@ -31,19 +31,23 @@ def command(options, out: Path, flags: list[str]) -> list[str]:
     recipe = options.recipe.resolve().relative_to(ROOT).as_posix()
     count = int((options.gpu.split(":") + ["1"])[1])
     config = "accelerate_configs/multi_gpu.yaml" if count > 1 else "accelerate_configs/single_gpu.yaml"
-    launcher = ["--config-file", config, "--retries", str(options.retries), "--delay", f"{options.delay:g}"]
-    place = f"{RUNS}/{'smoke' if options.verify else out.name}"
-    return ["python", "tools/launch.py", recipe, *launcher, "--out", place, *kept, *["--smoke"] * options.verify]
+    if options.verify:
+        return ["python", recipe, "--smoke", "--out", f"{RUNS}/try"]
+    # The run stops with a checkpoint before Modal ends the container.
+    hours = (options.hours or MOST_HOURS) * 0.97
+    launcher = ["--config-file", config, "--num-processes", str(count), "--hours", f"{hours:.4g}"]
+    launcher += ["--retries", str(options.retries), "--delay", f"{options.delay:g}"]
+    return ["python", "tools/launch.py", recipe, *launcher, "--out", f"{RUNS}/{out.name}", *kept]
 
 
 def make_train(place: str):
     """The function of the container. It is made here, since Modal sends by its content only what no module holds."""
 
     def train(command: list[str]) -> int:
-        """A divergence or a refusal is returned and not raised, since what is raised is tried again."""
+        """What the launcher there decided is returned and not raised: only what is raised is tried again."""
         code = subprocess.run(command, cwd=place).returncode
-        if code not in (0, 2, 3):
-            raise RuntimeError(f"the run ended with code {code}")
+        if code not in (0, 1, 2, 3, 75):
+            raise RuntimeError(f"the launcher in the container ended with code {code}")
         return code
 
     return train
@@ -58,7 +62,7 @@ def make_app(options, out: Path):
     try:
         import modal
     except ImportError:
-        ensure(False, "modal is not installed: pip install 'meanflow[cloud]'")
+        raise Refusal("modal is not installed: pip install -e '.[cloud]'") from None
     kind, _, count = options.gpu.partition(":")
     check(kind in KINDS and (not count or count in map(str, range(1, 9))), "gpu", options.gpu, "such as H100 or H100:8")
     hours = options.hours or MOST_HOURS
@@ -91,7 +95,7 @@ def launch(options, out: Path, flags: list[str]) -> int:
     there = command(options, out, flags)
     print(f"modal: {shlex.join(there)}", file=sys.stderr)
     detach = options.detach and not options.verify
-    with modal.enable_output(), app.run(detach=detach):
+    with errors_as("modal"), modal.enable_output(), app.run(detach=detach):
         if detach:
             call = function.spawn(there)
             print(f"{out.name}: modal app logs {app.app_id}; modal app stop {app.app_id}; call {call.object_id}")

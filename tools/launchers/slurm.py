@@ -1,5 +1,6 @@
 """A run under SLURM: accelerate_configs/slurm.sbatch is submitted, which queues itself again after it was stopped."""
 
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,5 +17,5 @@ def submit(options, flags: list[str]) -> int:
         Refusal: there is no sbatch here.
     """
     ensure(shutil.which("sbatch") is not None, "sbatch is not here: give this command on a login node of SLURM")
-    minutes = [f"--time={round(60 * options.hours)}"] if options.hours else []
+    minutes = [f"--time={math.ceil(60 * options.hours)}"] if options.hours else []
     return subprocess.run(["sbatch", *minutes, str(SCRIPT), str(options.recipe), *flags]).returncode

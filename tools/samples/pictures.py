@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 FRAMES, LAST = 26, 1500  # frames of the way from noise to data, and the milliseconds that the last one stays
+PART = 16  # images that the VAE decodes at a time
 BAR = 18  # pixels of a label's height
 
 
@@ -21,12 +22,14 @@ def trajectory(pipe, e: Tensor, y: list[int] | None, steps: int, solver: str, **
     return [*seen, x.float().cpu()]
 
 
+@torch.no_grad()
 def tiles(pipe, z: Tensor, columns: int):
     """States of the sampler as a picture of PIL's, with their VAE, if they have one; small ones are enlarged."""
     from PIL import Image
     from torchvision.utils import make_grid
 
-    images = pipe.to_images(z.to(pipe.device), "pt").float().cpu().clamp(0, 1)
+    parts = [pipe.to_images(part.to(pipe.device), "pt").float().cpu() for part in z.split(PART)]
+    images = torch.cat(parts).clamp(0, 1)
     enlarge = -(-48 // min(images.shape[2:]))
     images = images.repeat_interleave(enlarge, dim=-1).repeat_interleave(enlarge, dim=-2)
     picture = make_grid(images, nrow=columns, pad_value=0.5)
@@ -77,15 +80,18 @@ def write_walk(pipe, out: Path, seeds: tuple[int, int], classes: list[int], coun
 
 
 def write_neighbours(pipe, out: Path, run: Path, e: Tensor, y: list[int] | None, **how) -> str:
-    """Each sample above the training sample that is nearest to it, in the space that the network works in."""
-    from samples.run_data import data_of_run
+    """Each sample above the training sample that is nearest to it, in the space that the network works in.
+
+    Where the run mirrors samples, the mirror images are compared, too; those of latents are the latents mirrored.
+    """
     from tqdm import tqdm
 
     from meanflow.evaluation.distances import nearest
     from meanflow.evaluation.references import DataReference
+    from samples.run_data import data_of_run
 
     x = pipe(y, len(e), latents=e, output_type="latent", **how).images.float().cpu()
-    data = data_of_run(run)
+    data, flips = data_of_run(run)
     reference = DataReference(data, pipe.device)
     blocks = [range(len(data))[first : first + 1024] for first in range(0, len(data), 1024)]
 
@@ -93,8 +99,14 @@ def write_neighbours(pipe, out: Path, run: Path, e: Tensor, y: list[int] | None,
         return reference.batch(list(rows))[1].float().cpu()
 
     bar = tqdm(blocks, desc="training samples", unit="block", disable=len(blocks) < 4)
-    distances, indices = nearest(x.flatten(1), (part(rows).flatten(1) for rows in bar))
-    found = torch.cat([part(range(index, index + 1)) for index in indices.tolist()])
+    if flips:  # a sample and its mirror image have the numbers 2 k and 2 k + 1
+        both = (torch.stack([rows, rows.flip(-1)], dim=1).flatten(0, 1) for rows in map(part, bar))
+        distances, indices = nearest(x.flatten(1), (rows.flatten(1) for rows in both))
+        found = [part(range(k // 2, k // 2 + 1)).flip([-1] * (k % 2)) for k in indices.tolist()]
+    else:
+        distances, indices = nearest(x.flatten(1), (part(rows).flatten(1) for rows in bar))
+        found = [part(range(k, k + 1)) for k in indices.tolist()]
+    found = torch.cat(found)
     columns = min(len(x), 16)
     padding = torch.zeros(-len(x) % columns, *x.shape[1:])
     rows = [torch.cat([z, padding]).split(columns) for z in (x, found)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def data_of_run(source: Path):
-    """What a run trains on, a meanflow Data with what it holds out.
+    """What a run trains on, a meanflow Data with what it holds out; and whether it mirrors samples.
 
     Raises:
         Refusal: source is no run, or its data are not those that it was trained on.
@@ -24,7 +24,7 @@ def data_of_run(source: Path):
     old = read_json(checkpoint / "data.json")
     diff = different(old, {name: value for name, value in data.metadata.items() if name in old}, PLACES)
     ensure(not diff, f"{fields['data']} holds other data than {source} was trained on")
-    return data
+    return data, fields["flip"]
 
 
 def held_out(source: Path, pipe, device):
@@ -38,7 +38,7 @@ def held_out(source: Path, pipe, device):
     from meanflow.files import ensure
 
     try:
-        data = data_of_run(source)
+        data, _ = data_of_run(source)
     except Refusal as error:
         raise Refusal(f"{error}: name a --reference") from None
     ensure(tuple(data.shape) == pipe.shape, f"the data of {source} have another shape: name a --reference")

@@ -1,0 +1,1 @@
+"""Formats of other code bases, one file each, for tools/convert.py."""

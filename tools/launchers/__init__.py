@@ -1,0 +1,1 @@
+"""Where tools/launch.py starts runs."""
