@@ -377,6 +377,15 @@ def test_a_damaged_file_is_refused_in_one_line(change, message, sit, tool, tmp_p
     assert said.startswith("error: ") and message in said and not (tmp_path / "out").exists()
 
 
+def test_a_thousand_classes_are_those_of_imagenet(tool, tmp_path):
+    save_file(DiT(8, 2, 4, 32, 2, 2, num_classes=1000).state_dict(), tmp_path / "narrow.safetensors")
+    flags = ("--format", "dit", "--num-heads", 2, *SIZE, "--out", tmp_path / "out")
+    tool("convert", tmp_path / "narrow.safetensors", *flags)
+    pipe = load_pipeline(tmp_path / "out")
+    assert pipe.class_ids(["golden retriever", "crane", 360]) == [207, 517, 360] and pipe.id2label[360] == "otter"
+    assert len(set(pipe.id2label.values())) == 1000
+
+
 def test_a_vae_of_other_latents_is_refused(sit, vae, unet, tool, tmp_path):
     golden = sit[1]
     weights = weights_of(golden)

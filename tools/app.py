@@ -59,7 +59,9 @@ class Page:
         self.is_told = how.guidance_range is not None  # the CFG scale costs nothing
         may_guide = how.null_class == "any" or (how.null_class is not None and self.is_flow)
         self.has_scale = self.is_told or (pipe.num_classes > 0 and how.guidance_scale is None and may_guide)
-        self.names = [pipe.id2label.get(index, str(index)) for index in range(pipe.num_classes)]
+        names = [pipe.id2label.get(index, str(index)) for index in range(pipe.num_classes)]
+        # Some lists of ImageNet's classes have two of the name crane.
+        self.names = [f"{name}, {k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
 
     def draw(self, e, y: list[int] | None, steps: int, solver: str, scale=None, interval=None) -> tuple[list, float]:
         """The samples of noise e, and the seconds that they took."""

@@ -114,7 +114,7 @@ def write_export(options: Options, importer) -> None:
     net, sampling, channels = found.net, found.sampling, found.net.z_shape[0]
     is_its = vae is None or vae.config.latent_channels == channels
     ensure(is_its, f"vae: {options.vae} has not the {channels} channels of these latents")
-    classes = {index: str(index) for index in range(net.config.num_classes)}
+    classes = dict(enumerate(class_names(net.config.num_classes)))
     pipe = MeanFlowPipeline(net.eval(), vae, sampling._asdict(), classes, found.latents)
     total = len(found.used) + len(found.unused)
     is_begun = options.format in TO_BEGIN
@@ -129,6 +129,13 @@ def write_export(options: Options, importer) -> None:
         write_json(folder / "conversion.json", fate)
         (folder / "README.md").write_text((CARD + (BEGUN if is_begun else SAMPLED)).format(**about))
     print(f"{options.out}: a pipeline for diffusers, README.md and conversion.json")
+
+
+def class_names(count: int) -> list[str]:
+    """The names of ImageNet's 1,000 classes, in the order that all of these projects use; else numbers."""
+    from torchvision.models import ResNet50_Weights
+
+    return ResNet50_Weights.IMAGENET1K_V1.meta["categories"] if count == 1000 else [str(k) for k in range(count)]
 
 
 def write_back(options: Options, importer) -> None:

@@ -85,11 +85,9 @@ class Launcher:
             print(f"warning: {self.run.folder} cannot be locked: see that only one launcher follows it")
         for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGINT)):
             signal.signal(number, self.receive)
-        state = self.run.read_state()
-        if not self.run.processes():
-            state = {"starts": [], "began": time.time()}
-        state |= {"command": self.command, "launcher": os.getpid(), "ended": None}
-        self.state = state | {"launcher_began": psutil.Process().create_time()}
+        known = self.run.read_state() if self.run.processes() else {}
+        self.state = {"starts": [], "began": time.time(), **known, "command": self.command, "ended": None}
+        self.state |= {"launcher": os.getpid(), "launcher_began": psutil.Process().create_time()}
         self.place = self.run.log.stat().st_size if self.run.log.exists() else 0
         self.is_shown = DETACHED not in os.environ
         self.save()
@@ -106,6 +104,8 @@ class Launcher:
                 if self.is_asked_to_stop or self.is_late():
                     return STOPPED, f"stopped at step {self.run.step():,}; the same command goes on"
                 self.start()
+            elif not self.state["starts"]:  # what was known of the run is lost
+                self.state["starts"].append({"from": self.run.step(), "began": time.time()})
             self.wait()
             code, why = self.read_end()
             start, step = self.state["starts"][-1], self.run.step()
