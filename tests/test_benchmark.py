@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from benchmarks.improved import improved
 from benchmarks.options import Improved, Sample, Step
 from benchmarks.sample import sampling

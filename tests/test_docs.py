@@ -6,10 +6,10 @@ import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
-import launch
 import pytest
 import tyro
 
+import launch
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.objectives.meanflow import MeanFlow
 from meanflow.training.preflight import find_warnings

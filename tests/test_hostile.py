@@ -21,11 +21,11 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from caching.shards import write_random
 from conftest import small_disk
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from caching.shards import write_random
 from meanflow.files import checksum
 from meanflow.training.guard import DIVERGED, SIGNALS
 

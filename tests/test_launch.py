@@ -10,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from launch import Options
-from launchers import rented
-from launchers.run import Run
 from test_distributed import DIGITS, ENVIRONMENT, ONE, ROOT, finish, start
 from test_resume import assert_same, everything
 
+from launch import Options
+from launchers import rented
+from launchers.run import Run
 from meanflow.config import TrainConfig
 from meanflow.files import read_json
 from meanflow.program import END, REFUSED

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from caching.shards import write_random
 from torch.utils.data import DataLoader, default_convert
 
+from caching.shards import write_random
 from meanflow.config import TrainConfig
 from meanflow.data.latents import Latents
 from meanflow.data.loader import SlotBatches, SlotData, make_loader

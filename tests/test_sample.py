@@ -293,9 +293,8 @@ def test_gif_goes_from_one_noise_to_the_samples_of_both_ways(digits_run, tool, t
 
 
 def test_trajectory_is_that_of_the_sampler(digits_run):
-    from samples.pictures import trajectory
-
     from meanflow.sampler import euler
+    from samples.pictures import trajectory
 
     pipe = load_pipeline(digits_run)
     pipe.set_progress_bar_config(disable=True)

@@ -190,9 +190,8 @@ def main(options: Options) -> None:
 
     check(0 < options.port < 2**16, "port", options.port, "in [1, 65535]")
     ensure(find_spec("gradio") is not None, "gradio is not installed: pip install -e '.[app]'")
-    from samples.device import find_device
-
     from meanflow.publishing.checkpoints import load_pipeline
+    from samples.device import find_device
 
     device = find_device(options.device)
     pipe = load_pipeline(options.checkpoint, trust_remote_code=options.trust_remote_code)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
-from caching.shards import check_disk, claim_cache, finish, is_finished, write_random, write_shard
 
+from caching.shards import check_disk, claim_cache, finish, is_finished, write_random, write_shard
 from meanflow.program import end_with_launcher, environment_number, read_flags, refusals
 
 if TYPE_CHECKING:  # numpy, torch and datasets are imported where they are needed, so that --help is quick

@@ -94,7 +94,6 @@ def main(options: Options) -> None:
 
 def write_export(options: Options, importer) -> None:
     from importers.common import read
-
     from meanflow.data.vae import load_vae
     from meanflow.files import ensure, errors_as, write_json
     from meanflow.publishing.export import export_folder

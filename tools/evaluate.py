@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from reports.evaluation import plot, show, verdict, write_table
-from samples.run_data import held_out
 
 from meanflow.config import check
 from meanflow.program import end_with_launcher, read_flags, refusals
+from reports.evaluation import plot, show, verdict, write_table
+from samples.run_data import held_out
 
 COMPARED = [("meanflow", steps) for steps in (1, 2, 4)]
 COMPARED += [(solver, steps) for solver in ("euler", "heun", "rk4") for steps in (10, 50, 100)]

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from reports.experiments import markdown, plot, print_table, table
 
 from meanflow.program import end_with_launcher, read_flags, refusals
+from reports.experiments import markdown, plot, print_table, table
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes/experiments"

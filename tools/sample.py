@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from samples.writers import PICTURE, check_disk, check_writable, folder, grid, npz
 
 from meanflow.config import check
 from meanflow.program import end_with_launcher, read_flags, refusals
+from samples.writers import PICTURE, check_disk, check_writable, folder, grid, npz
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,8 @@ def conditions_named(cond: dict) -> Iterator[None]:
 
 def special(options: Options, pipe, classes: list[int], solver: str, steps: int) -> str:
     """Writes the picture that is asked for instead of plain samples, and returns a line about it."""
-    from samples.pictures import write_gif, write_neighbours, write_walk
-
     from meanflow.files import ensure
+    from samples.pictures import write_gif, write_neighbours, write_walk
 
     ensure(len(pipe.shape) == 3, f"{options.checkpoint} makes volumes, of which there are no such pictures")
     ensure(not options.cond, "cond is for plain samples, and not for this picture")
@@ -173,13 +172,13 @@ def main(options: Options) -> None:
     import torch
     from accelerate import Accelerator
     from accelerate.utils import gather_object
-    from samples.device import find_device
     from tqdm import tqdm
 
     from meanflow.files import ensure
     from meanflow.publishing.checkpoints import load_pipeline
     from meanflow.publishing.export import cast
     from meanflow.sampler import STEPS
+    from samples.device import find_device
 
     accelerator = Accelerator(cpu=options.device == "cpu" or not torch.accelerator.is_available())
     rank, world = accelerator.process_index, accelerator.num_processes

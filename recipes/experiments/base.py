@@ -123,7 +123,6 @@ def energy_of_one_step(run: Path, arm: Arm, reference: str | None = None) -> dic
 def fid_of_one_step(run: Path, arm: Arm, reference: str | None) -> dict[str, float]:
     """FID of 50,000 one-step samples, by tools/evaluate.py."""
     from reports.evaluation import flat
-
     from tools.evaluate import Evaluator, Options
 
     given = (reference,) if reference else ("held-out",)

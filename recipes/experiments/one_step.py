@@ -38,7 +38,6 @@ def judge(results: Results) -> list[Claim]:
 
 def measure_paper(run: Path, arm: Arm, reference: str | None) -> dict[str, float]:
     from reports.evaluation import flat
-
     from tools.evaluate import Evaluator, Options
 
     evaluator = Evaluator(Options(str(run), (reference,) if reference else ("held-out",), ("fid",)))

@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from caching.shards import claim_cache, finish, is_finished, write_shard
 from conftest import save_vae
 
+from caching.shards import claim_cache, finish, is_finished, write_shard
 from meanflow.config import TrainConfig
 from meanflow.data.latents import Latents, read_metadata, verify_shards
 from meanflow.data.loader import make_loader

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.ways import Way, count_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.ways import Way, count_bytes
 from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig, TrainConfig
 from meanflow.data.loader import make_loader
 from meanflow.data.sources import load_data

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from caching.shards import write_random
 
+from caching.shards import write_random
 from meanflow.config import MeanFlowConfig, TrainConfig
 from meanflow.data.base import InMemory
 from meanflow.data.latents import Latents

@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from caching.shards import write_random
 from conftest import save_photos
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from caching.shards import write_random
 from meanflow.config import ImprovedMeanFlowConfig, MeanFlowConfig, TrainConfig
 from meanflow.objectives.draws import Draws
 from meanflow.objectives.meanflow import MeanFlow

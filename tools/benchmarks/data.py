@@ -26,10 +26,10 @@ def data(options) -> list[dict]:
     from tempfile import TemporaryDirectory
 
     import torch
-    from caching.shards import write_random
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
     from tqdm import tqdm
 
+    from caching.shards import write_random
     from meanflow.config import MeanFlowConfig, TrainConfig
     from meanflow.data.latents import Latents
     from meanflow.data.loader import SlotData
@@ -105,10 +105,10 @@ def loader(options) -> list[dict]:
 
     import numpy as np
     import torch
-    from caching.shards import write_random
     from PIL import Image
     from tqdm import tqdm
 
+    from caching.shards import write_random
     from meanflow.config import TrainConfig
     from meanflow.data.base import InMemory
     from meanflow.data.images import ImageFiles

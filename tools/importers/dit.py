@@ -4,7 +4,6 @@ The patch embedding, the labels and the blocks are taken; the embedders of t and
 """
 
 from importers.common import SD_LATENTS, Converted, check_positions, fit, make_dit, pick
-
 from meanflow.config import MeanFlowConfig
 from meanflow.objectives.meanflow import MeanFlow
 

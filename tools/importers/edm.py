@@ -4,10 +4,10 @@ The blocks are taken; the embedders of times, labels and augmentations, and the 
 [1, 1] are not taken either: ours are [1, 3, 3, 1].
 """
 
-from importers.common import Converted, fit, pick
-from importers.py_meanflow import PIXELS, make_unet
 from torch import Tensor
 
+from importers.common import Converted, fit, pick
+from importers.py_meanflow import PIXELS, make_unet
 from meanflow.files import ensure
 from meanflow.objectives.meanflow import MeanFlow
 

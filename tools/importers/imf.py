@@ -1,7 +1,6 @@
 """The official PyTorch weights of improved MeanFlow: iMF-{B,M,L,XL}-2.pth of Lyy-iiis/imeanflow (MIT licence)."""
 
 from importers.common import Converted, fit, pick
-
 from meanflow.config import ImprovedMeanFlowConfig
 from meanflow.data.latents import IMF_MEAN, IMF_STD
 from meanflow.files import ensure

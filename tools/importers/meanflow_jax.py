@@ -3,9 +3,9 @@
 A .npz file has the arrays of `ema_params` by their paths, such as net/blocks/layers_0/attn/qkv/_flax_linear/kernel.
 """
 
-from importers.common import SD_LATENTS, Converted, fit, make_dit, pick
 from torch import Tensor
 
+from importers.common import SD_LATENTS, Converted, fit, make_dit, pick
 from meanflow.files import ensure
 from meanflow.objectives.base import Sampling
 from models.dit import DiT

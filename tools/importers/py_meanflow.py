@@ -1,8 +1,8 @@
 """The CIFAR-10 U-Net of Gsunshine/py-meanflow, the authors' PyTorch code: exact. Its names are ours."""
 
-from importers.common import Converted, fit, pick
 from torch import Tensor
 
+from importers.common import Converted, fit, pick
 from meanflow.config import MeanFlowConfig
 from meanflow.files import ensure
 from meanflow.objectives.meanflow import MeanFlow

@@ -5,9 +5,9 @@ as many output channels, of which only the first half is the velocity.
 """
 
 import torch
-from importers.common import SD_LATENTS, Converted, check_positions, fit, make_dit, pick
 from torch import Tensor
 
+from importers.common import SD_LATENTS, Converted, check_positions, fit, make_dit, pick
 from meanflow.config import MeanFlowConfig
 from meanflow.files import ensure
 from meanflow.objectives.meanflow import MeanFlow

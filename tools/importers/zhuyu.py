@@ -1,7 +1,6 @@
 """The checkpoints of zhuyu-cs/MeanFlow, a PyTorch port of MeanFlow: exact. Its r_embedder takes t - r."""
 
 from importers.common import Converted, check_positions, fit, make_dit, pick
-
 from meanflow.data.latents import IMF_MEAN, IMF_STD
 from meanflow.files import ensure
 from meanflow.objectives.base import Sampling
