@@ -70,7 +70,10 @@ def read_recipe(recipe: TrainConfig) -> TrainConfig:
 
 
 def smoke_test(recipe: TrainConfig) -> TrainConfig:
-    """The recipe's smoke test, on any number of processes; on digits or shapes unless it trains on latents."""
+    """The recipe's smoke test, on any number of processes; on digits or shapes unless it trains on latents.
+
+    Its network is small, so that no weights to begin from would fit.
+    """
     data, flip, out = recipe.data, recipe.flip, recipe.out.with_name(f"{recipe.out.name}-smoke")
     if recipe.vae is None:
         data, flip = "digits" if data == "digits" or recipe.resolution else "shapes", False
@@ -78,4 +81,5 @@ def smoke_test(recipe: TrainConfig) -> TrainConfig:
     batch = 4 * parts * math.ceil(4 / parts)
     every = {"log_every": 1, "sample_every": 4, "checkpoint_every": 2, "keep_every": None}
     every |= {"held_out": 0.0, "eval_every": None, "keep_best": False}
-    return replace(recipe, data=data, flip=flip, out=out, steps=4, global_batch=batch, compile=False, **every)
+    every |= {"init_from": None, "compile": False}
+    return replace(recipe, data=data, flip=flip, out=out, steps=4, global_batch=batch, **every)

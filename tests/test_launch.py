@@ -122,6 +122,7 @@ def test_stop_leaves_a_checkpoint_and_no_process_and_the_same_command_goes_on(tm
     assert "a run with other flags lives in" in launch(*other, code=2)
     assert "not followed: the same command follows it again" in launch("status", str(run.out))
     assert "stopped at step" in launch("stop", str(run.out)) and not run.processes()
+    assert "stopped at step" in launch("status", str(run.out))
     assert checkpoints(run.out)[-1].name == f"step-{run.step():08d}"
 
 
@@ -185,7 +186,8 @@ def test_a_recipe_that_makes_no_progress_is_given_up(tmp_path):
     "flags, message",
     [
         (["nowhere.py"], "recipe must be a file, or status, logs or stop, got nowhere.py"),
-        (["status", "nowhere"], "nowhere was not started by tools/launch.py"),
+        (["status", "nowhere"], "nowhere is not there, or was not started by tools/launch.py"),
+        (["recipes/digits_dit.py", "--out", "tests/saved/export"], "is a checkpoint or an exported model"),
         (["recipes/digits_dit.py", "--retries", "-1"], "retries must be >= 0, got -1"),
         (["recipes/digits_dit.py", "--hours", "0"], "hours must be > 0"),
         (["recipes/digits_dit.py", "--out"], "out must be a folder, got nothing"),

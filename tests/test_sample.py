@@ -281,7 +281,7 @@ def frames(path) -> list[np.ndarray]:
 
 def test_gif_goes_from_one_noise_to_the_samples_of_both_ways(digits_run, tool, tmp_path):
     shown = tool("sample", digits_run, "--gif", "--num-steps", 5, "--num-images", 4, "--out", tmp_path / "x.gif")
-    assert "4 images from noise to data, 1 step beside 5" in shown
+    assert "4 images from noise to data, 1 step beside 5 of Euler's method" in shown
     found = frames(tmp_path / "x.gif")
     half = (found[0].shape[1] - 12) // 2
     assert len(found) > 20 and np.abs(found[0][18:, :half] - found[0][18:, -half:]).max() < 2
@@ -335,7 +335,8 @@ def test_neighbours_are_the_nearest_training_digits(digits_run, tool, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--gif"], "out must be x.gif with --gif, got"),
+        (["--gif", "--out", "x.png"], "out must be x.gif with --gif, got x.png"),
+        (["--gif", "--solver", "heun"], "solver must be left out with --gif"),
         (["--out", "x.gif"], "out must be x.png, x.npz or a folder without --gif"),
         (["--gif", "--neighbours", "--out", "x.gif"], "picture must be one of gif, walk and neighbours"),
         (["--walk", -1, 2], "walk must be two seeds >= 0"),

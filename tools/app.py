@@ -77,7 +77,7 @@ class Page:
         return [number % len(self.names) if name == EVERY else self.names.index(name) for number in range(count)]
 
     def samples(self, name, count, seed, steps, scale, start, end):
-        e = self.pipe.noise(int(seed), range(int(count)))
+        e = self.pipe.noise(int(seed or 0), range(int(count)))
         usual = tuple(self.pipe.sampling.guidance_interval or ())
         interval = None if (start, end) == usual else (float(start), float(end))  # None: what suits the scale
         how = int(steps), self.pipe.sampling.solver, float(scale), interval
@@ -87,7 +87,7 @@ class Page:
 
     def compare(self, name, seed):
         """The same noise in one step and in fifty."""
-        e, found = self.pipe.noise(int(seed), range(8)), []
+        e, found = self.pipe.noise(int(seed or 0), range(8)), []
         for steps, solver in ((1, self.pipe.sampling.solver), (50, "euler")):
             images, seconds = self.draw(e, self.classes(name, len(e)), steps, solver)
             found += [grid(images, 4), said(len(images), steps, seconds)]
@@ -97,7 +97,7 @@ class Page:
         """Samples of noises on the arc between two."""
         if not hasattr(self.pipe, "walk"):
             raise ValueError("this model was exported by an earlier version: export it again")
-        e = self.pipe.walk(int(first), int(last), int(count))
+        e = self.pipe.walk(int(first or 0), int(last or 0), int(count))
         y = None if not self.names else self.classes(self.names[0] if name == EVERY else name, len(e))
         images, seconds = self.draw(e, y, 1 if not self.is_flow else 50, self.pipe.sampling.solver)
         return grid(images, min(len(images), 8)), said(len(images), 1 if not self.is_flow else 50, seconds)
@@ -177,7 +177,10 @@ def show(pipe, title: str, host: str | None, port: int | None) -> None:
     page = Page(pipe).build(title)
     page.queue(default_concurrency_limit=1)
     how = {"share": False, "theme": theme, "footer_links": [], "quiet": True, "prevent_thread_lock": True}
-    _, address, _ = page.launch(server_name=host, server_port=port, **how)
+    try:
+        _, address, _ = page.launch(server_name=host, server_port=port, **how)
+    except OSError as error:
+        raise ValueError(f"host {host}, port {port} cannot be listened at: choose another --port") from error
     print(f"{title}: {address} (Ctrl-C ends it)", flush=True)
     page.block_thread()
 

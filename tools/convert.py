@@ -107,7 +107,8 @@ def write_export(options: Options, importer) -> None:
     fate = {name: getattr(found, name) for name in ("used", "unused", "missing")}
     said = {name: f"{len(keys)}, such as {keys[0]}" if keys else "none" for name, keys in fate.items()}
     for name, words in said.items():
-        print(f"{name}: {words}")
+        fresh = " (these are as in a fresh network)" if name == "missing" and found.missing else ""
+        print(f"{name}: {words}{fresh}")
     ensure(options.vae is None or found.latents is not None, f"vae: {source} is of pixels, and needs none")
     vae = load_vae(options.vae) if options.vae else None
     net, sampling, channels = found.net, found.sampling, found.net.z_shape[0]

@@ -49,6 +49,8 @@ def read_recipe(options: Options) -> dict:
         total = recipe["steps"] or math.ceil(recipe["epochs"] * metadata["count"] / recipe["global_batch"])
         if newest.name != f"step-{total:08d}":
             raise ValueError(f"{folder} is at {newest.name} of {total}: finish it first")
+    if recipes[0]["objective"]["meanflow_ratio"] == 0:
+        raise ValueError(f"{options.run} is flow matching: give a MeanFlow run, and this one as --flow")
     if options.flow and recipes[-1]["objective"]["meanflow_ratio"] != 0:
         raise ValueError(f"{options.flow} is no flow matching: train it with --objective.meanflow-ratio 0")
     diff = different(recipes[0], recipes[-1], FREE_ON_RESUME | {"objective.meanflow_ratio"})

@@ -69,6 +69,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Folder:
+    """status: the step, and how each start ended. stop: asks the run to save and leave, and waits until no process is
+    left; what lives after ten minutes is killed. logs: what the run printed."""
+
     run: tyro.conf.Positional[Path]
     """the folder of a run that was started by tools/launch.py"""
 
@@ -104,7 +107,7 @@ def folder_of(recipe: Path, flags: list[str]) -> tuple[Path, list[str]]:
 def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("status", "logs", "stop"):
-        del sys.argv[1]
+        sys.argv[:2] = [f"{sys.argv[0]} {command}"]
         given = read_flags(Logs if command == "logs" else Folder)
         from launchers import local
 

@@ -89,6 +89,9 @@ class Options:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
         asked = [name for name in ("gif", "walk", "neighbours") if getattr(self, name)]
         check(len(asked) <= 1, "picture", " and ".join(asked), "one of gif, walk and neighbours")
+        if self.gif and self.out == Path("samples.png"):
+            object.__setattr__(self, "out", Path("samples.gif"))
+        check(not self.gif or self.solver is None, "solver", self.solver, "left out with --gif, which shows Euler's")
         ending = ".gif" if self.gif else ".png"
         check(not asked or self.out.suffix == ending, "out", self.out, f"x{ending} with --{''.join(asked)}")
         check(self.out.suffix != ".gif" or self.gif, "out", self.out, "x.png, x.npz or a folder without --gif")
@@ -199,7 +202,8 @@ def main(options: Options) -> None:
     if volumes and options.out.suffix == ".npz":
         raise ValueError(f"out must be a folder or x.png for volumes, got {options.out}")
     is_picture = volumes or pipe.vae is not None or pipe.shape[0] in (1, 3)
-    ensure(is_picture, f"{options.checkpoint} makes {pipe.shape[0]} channels, latents without a VAE: pictures need one")
+    made = f"{options.checkpoint} makes {pipe.shape[0]} channels, latents without a VAE: pictures need one"
+    ensure(is_picture, f"{made} (--vae of tools/convert.py, or of the recipe)")
     if options.classes and not pipe.num_classes:
         raise ValueError("classes are for networks with classes, and this one has none: leave them out")
     size = count * math.prod(pipe.shape)

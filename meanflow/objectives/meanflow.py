@@ -1,5 +1,6 @@
 """The MeanFlow objective, arXiv:2505.13447: it trains the average velocity u by a target made of v and du/dt."""
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -210,7 +211,8 @@ class MeanFlow(Objective):
         k = num_meanflow(config, global_batch)
         if config.meanflow_ratio == 0 or k >= MIN_INTERVALS:
             return []
-        advice = f"raise --global-batch until it is {MIN_INTERVALS} or more; --accumulation-steps keeps the memory"
+        enough = math.ceil(MIN_INTERVALS / config.meanflow_ratio)
+        advice = f"raise --global-batch to {enough} or more; --accumulation-steps keeps the memory"
         return [f"only {k} of the {global_batch} samples of an optimiser step have r != t: {advice}"]
 
 

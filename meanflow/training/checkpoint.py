@@ -298,6 +298,7 @@ def init_weights(net: torch.nn.Module, source: str) -> None:
         ValueError: there are none, or they are of another shape.
     """
     folder = fetch(source)
+    ensure(folder.is_dir(), f"init_from: {source} is a file: tools/convert.py makes a folder of weights from elsewhere")
     folder = next(reversed(checkpoints(folder)), folder)
     if (folder / "step.json").exists():
         verify_checkpoint(folder, "model/")

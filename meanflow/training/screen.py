@@ -7,7 +7,7 @@ from meanflow import program
 from meanflow.data.sources import training_data
 from meanflow.publishing.checkpoints import saved_step
 from meanflow.training import preflight
-from meanflow.training.checkpoint import choose_checkpoint
+from meanflow.training.checkpoint import choose_checkpoint, init_weights
 from meanflow.training.plan import render as render_costs
 from meanflow.training.preflight import Parts, Plan, gib
 
@@ -57,6 +57,8 @@ def dry_run(recipe, own: Parts) -> None:
     data = training_data(recipe, own.data)
     num_processes = recipe.plan[1] if recipe.plan else program.environment_number("WORLD_SIZE", 1)
     plan = preflight.preflight(recipe, data, num_processes, own, choose_checkpoint(recipe))
+    if recipe.init_from and plan.start is None:
+        init_weights(preflight.make_net(recipe, data, own.net), recipe.init_from)  # which may refuse them
     if program.environment_number("RANK", 0) == 0:
         show(plan)
         if recipe.plan:

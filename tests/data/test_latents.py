@@ -274,7 +274,7 @@ def test_memory_does_not_grow_with_the_cache(tmp_path):
     code = """if True:
         import sys, re
         from pathlib import Path
-        sys.path += ["tests", "tests/data"]
+        sys.path += ["tests", "tests/data", "tools"]
         from test_latents import RECIPE, Latents
         for folder in sys.argv[1:]:
             latents = Latents(Path(folder), RECIPE)

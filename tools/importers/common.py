@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,9 +56,8 @@ def read(path: Path) -> dict:
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             foreign = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-            if foreign:
-                raise Refusal(f"{path} {UNREADABLE}: it holds an object of {foreign[1]}") from None
-            raise
+            why = f": it holds an object of {foreign[1]}" if foreign else ""  # torch's words advise to run its code
+            raise Refusal(f"{path} {UNREADABLE}{why}") from None
     ensure(isinstance(content, dict), f"{path} must hold a dictionary of tensors")
     return content
 
@@ -123,6 +123,8 @@ def make_dit(weights: dict[str, Tensor], input_size: int | None, num_heads: int 
         side = math.isqrt(weights["pos_embed"].shape[1]) * patch_size
         check(input_size in (None, side), "input_size", input_size, f"{side}, which the file's positions are for")
         input_size = side
+    if input_size is None:
+        print("input_size: 32, which the file does not tell", file=sys.stderr)
     num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
     sizes = {"input_size": input_size or 32, "patch_size": patch_size, "in_channels": channels, "hidden_size": width}
     return DiT(**sizes, depth=depth, num_heads=heads, num_classes=num_classes)

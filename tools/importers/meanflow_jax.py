@@ -63,4 +63,5 @@ def revert(net: DiT) -> tuple[dict[str, Tensor], str]:
         if path.endswith("/kernel"):
             value = value.T if value.ndim == 2 else value.permute(2, 3, 1, 0)
         arrays[path] = value.contiguous()
-    return arrays, "Nothing is lost."
+    side = net.z_shape[-1]
+    return arrays, f"Nothing is lost but the size of the input: --input-size {side} when it is converted back."

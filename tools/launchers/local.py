@@ -42,6 +42,8 @@ def launch(options, out: Path, flags: list[str]) -> int:
     config += ["--num_processes", str(options.num_processes)] if options.num_processes else []
     command = [sys.executable, "-m", "accelerate.commands.launch", "-q", *config, str(options.recipe), *flags]
     check(not run.out.exists() or run.out.is_dir(), "out", run.out, "a folder")
+    is_model = any((run.out / name).exists() for name in ("model_index.json", "step.json"))
+    ensure(not is_model, f"out: {out} is a checkpoint or an exported model: choose the folder of a run")
     other = run.launcher()
     followed = f"python tools/launch.py status {out}"
     ensure(other is None, f"{out} is followed already, by process {other and other.pid}: {followed}")
@@ -108,6 +110,8 @@ class Launcher:
                 self.state["starts"].append({"from": self.run.step(), "began": time.time()})
             self.wait()
             code, why = self.read_end()
+            if code is None and self.is_asked_to_stop:
+                why = "it was stopped before it could save"
             start, step = self.state["starts"][-1], self.run.step()
             start |= {"code": code, "reason": why, "step": step, "ended": time.time()}
             self.save()
@@ -196,8 +200,9 @@ def status(out: Path) -> int:
     state, launcher, living = run.read_state(), run.launcher(), run.processes()
     ended = state["ended"]
     followed = f"followed by process {launcher.pid}" if launcher else "not followed: the same command follows it again"
-    lives = f"{len(living)} processes live" if living else "no process lives"
-    print(f"{out}: step {run.step():,}; " + (ended["reason"] if ended else f"{lives}; {followed}"))
+    alive = f"{len(living)} processes live" if living else "no process lives"
+    now = ended["reason"] if ended else f"{alive}; {followed}"
+    print(f"{out}: saved or logged up to step {run.step():,}; {now}")
     for number, start in enumerate(state["starts"]):
         began = datetime.fromtimestamp(start["began"]).isoformat(" ", "seconds")
         end = f"to step {start['step']:,}: {start['reason']}" if "ended" in start else "so far"
@@ -234,5 +239,8 @@ def stop(out: Path) -> int:
         if time.monotonic() > begin + PATIENCE + 10:  # a launcher that lives kills them earlier
             run.kill()
         time.sleep(0.2)
-    print(f"{out}: stopped at step {run.step():,}; the same command goes on")
+    words = f"stopped at step {run.step():,}; the same command goes on"
+    if launcher is None:  # which would have noted it
+        write_json(run.state, run.read_state() | {"ended": {"code": STOPPED, "reason": words, "at": time.time()}})
+    print(f"{out}: {words}")
     return 0

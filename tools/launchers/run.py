@@ -97,5 +97,5 @@ def show_from(log: Path, place: int) -> int:
 
 def known_run(out: Path) -> Run:
     run = Run(out)
-    ensure(run.state.exists(), f"{out} was not started by tools/launch.py")
+    ensure(run.state.exists(), f"{out} is not there, or was not started by tools/launch.py")
     return run

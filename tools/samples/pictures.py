@@ -58,7 +58,7 @@ def write_gif(pipe, out: Path, e: Tensor, y: list[int] | None, steps: int, **how
     noise, sample = (state for state in trajectory(pipe, e, y, 1, pipe.sampling.solver, **how))
     path = trajectory(pipe, e, y, steps, "euler", **how)
     columns = round(len(e) ** 0.5)
-    labels = ["1 step", f"{steps} steps of Euler's method"]
+    labels = ["1 step", f"{steps} steps"]
     frames = []
     for number in tqdm(range(FRAMES), desc="frames"):
         share = number / (FRAMES - 1)
@@ -67,7 +67,7 @@ def write_gif(pipe, out: Path, e: Tensor, y: list[int] | None, steps: int, **how
     times = [80] * (FRAMES - 1) + [LAST]
     with replacing(out) as temporary:
         frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=times, loop=0)
-    return f"{out}: {len(e)} images from noise to data, 1 step beside {steps}"
+    return f"{out}: {len(e)} images from noise to data, 1 step beside {steps} of Euler's method"
 
 
 def write_walk(pipe, out: Path, seeds: tuple[int, int], classes: list[int], count: int, **how) -> str:
