@@ -122,6 +122,19 @@ def test_the_same_file_is_a_space(checkpoint, hub, tmp_path, tool):
     assert shown.stdout.split() == ["Blocks", "False"], shown.stderr
 
 
+@pytest.mark.parametrize(
+    "repo_id, space, message",
+    [
+        ("animals", "user/page", "repo_id must be user/name with --space"),
+        ("user/animals", "page", "space must be a Hub id, user/name"),
+        ("user/animals", "user/animals", "space must be a Hub id, user/name, and not the model's"),
+    ],
+)
+def test_ids_that_no_space_can_have_are_refused_before_a_push(repo_id, space, message, checkpoint, hub, tool):
+    assert message in tool("push_to_hub", checkpoint, repo_id, "--space", space)
+    assert not hub.repos
+
+
 def test_a_walk_begins_and_ends_at_its_noises_and_keeps_their_length():
     a, b = torch.randn(2, 3, 64, 64)
     assert torch.allclose(arc(a, b, 0.0), a) and torch.allclose(arc(a, b, 1.0), b, atol=1e-5)

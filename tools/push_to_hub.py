@@ -53,6 +53,8 @@ class Options:
     def __post_init__(self) -> None:
         is_id = self.space is None or (re.fullmatch(HUB_ID, self.space) and self.space != self.repo_id)
         check(bool(is_id), "space", self.space, "a Hub id, user/name, and not the model's")
+        has_user = self.space is None or re.fullmatch(HUB_ID, self.repo_id)
+        check(bool(has_user), "repo_id", self.repo_id, "user/name with --space, which loads the model by this id")
 
 
 def write_space(folder: Path, options: Options) -> None:

@@ -108,7 +108,7 @@ def preflight(recipe: TrainConfig, data: Data, num_processes: int = 1, own=Parts
     options = type(recipe.objective).__name__
     ensure(objective is not None, f"objective: none goes with {options}: give one to run(objective=...)")
     for name in recipe.track:
-        ensure(find_spec(name) is not None, f"track: {name} is not installed: pip install 'meanflow[track]'")
+        ensure(find_spec(name) is not None, f"track: {name} is not installed: pip install -e '.[track]'")
     ensure(len(data) > 0, f"data: {recipe.data} has no samples")
     check_launch(recipe)
     check_memory(recipe, data, num_processes)

@@ -129,7 +129,7 @@ class Improved:
 @dataclass(frozen=True)
 class Data:
     """Reading cached latents of 256 x 256 images, warm, one process: this project's way, and the usual one, an LMDB
-    with a pickled dictionary per image, read by a DataLoader. It needs lmdb: pip install 'meanflow[test]'."""
+    with a pickled dictionary per image, read by a DataLoader. It needs lmdb: pip install -e '.[test]'."""
 
     count: int = 20_480
     """images; each way writes 33 kB for each, to a temporary folder"""

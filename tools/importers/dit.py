@@ -14,8 +14,10 @@ FRESH = ("t_embedder.", "h_embedder.", "final_layer.")
 
 
 def convert(content: dict, input_size: int | None, num_heads: int | None) -> Converted:
-    """Raises:
-    Refusal: these are not the weights of a DiT.
+    """A DiT with these blocks, to be trained.
+
+    Raises:
+        Refusal: these are not the weights of a DiT.
     """
     weights = pick(content, "ema", "model")
     net = make_dit(weights, input_size, num_heads)

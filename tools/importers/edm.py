@@ -26,8 +26,10 @@ def is_fresh(name: str) -> bool:
 
 
 def convert(content: dict, input_size: int | None, num_heads: int | None) -> Converted:
-    """Raises:
-    Refusal: these are not the weights of such a network.
+    """A U-Net with these blocks, to be trained.
+
+    Raises:
+        Refusal: these are not the weights of such a network.
     """
     weights = pick(content)
     ensure("model.map_layer0.weight" in weights, "no weights of EDM: model.map_layer0.weight is missing")

@@ -41,8 +41,10 @@ def dotted(path: str) -> str:
 
 
 def convert(content: dict, input_size: int | None, num_heads: int | None) -> Converted:
-    """Raises:
-    Refusal: these are not the weights of the official network.
+    """The same network.
+
+    Raises:
+        Refusal: these are not the weights of the official network.
     """
     arrays = pick(content)
     is_tree = any(path.startswith("net/") for path in arrays)

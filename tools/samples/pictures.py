@@ -55,7 +55,7 @@ def write_gif(pipe, out: Path, e: Tensor, y: list[int] | None, steps: int, **how
 
     from meanflow.files import replacing
 
-    noise, sample = (state for state in trajectory(pipe, e, y, 1, pipe.sampling.solver, **how))
+    noise, sample = trajectory(pipe, e, y, 1, pipe.sampling.solver, **how)
     path = trajectory(pipe, e, y, steps, "euler", **how)
     columns = round(len(e) ** 0.5)
     labels = ["1 step", f"{steps} steps"]
